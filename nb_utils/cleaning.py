@@ -1,0 +1,193 @@
+"""Gradient-based cleanup: fine-tune sparse codes of a task vector on the task's own loss.
+
+All of them drive one optimiser (`_descend`), which moves many candidate vectors at once through the engine: their
+costs share every read of the model's weights. Nothing is chosen on training loss: each keeps the step that is best
+on the validation pairs.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nb_utils.dictionary import keep_largest
+from nb_utils.engine import Site, Vocabulary
+from nb_utils.saes import Sae
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Where and on what a vector is cleaned: training and validation sites, layer, mode and softmax vocabulary."""
+
+    train: Site
+    validation: Site
+    layer: int
+    mode: str = "add"
+    vocabulary: Vocabulary | None = None
+    batch: int | None = None  # queries resampled at every step (None: always all of them)
+
+    def train_loss(self, vectors: Float[Tensor, "n d_model"], step: int) -> Float[Tensor, " n"]:
+        site = self.train
+        if self.batch and self.batch < len(site.prompts):
+            order = torch.randperm(len(site.prompts), generator=torch.Generator().manual_seed(step))
+            site = site.take(order[: self.batch])
+        return site.loss(vectors, self.layer, self.mode, self.vocabulary)
+
+    @torch.no_grad()
+    def validation_loss(self, vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, " n"]:
+        return self.validation.loss(vectors, self.layer, self.mode, self.vocabulary)
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """A cleaned vector: codes [d_sae] (None for a dense one), what they decode to, and how they came about.
+
+    Losses are nats per prompt over the answer tokens of the sites, in the problem's vocabulary.
+    """
+
+    codes: Float[Tensor, " d_sae"] | None
+    vector: Float[Tensor, " d_model"]
+    train_loss: float
+    validation_loss: float
+    step: int
+    penalty: float = 0.0
+
+    @property
+    def l0(self) -> int:
+        return int((self.codes != 0).sum()) if self.codes is not None else len(self.vector)
+
+
+def clean(
+    problem: Problem, sae: Sae, start: Float[Tensor, "n d_sae"], penalties: list[float], lr: float = 0.05,
+    steps: int = 150, check_every: int = 10, bias: bool = True, patience: int | None = None,
+) -> list[Cleaned]:
+    """Fine-tune SAE codes under an L1 penalty: the post's sparse SAE task-vector fine-tuning.
+
+    ``start`` holds pre-activations, one row per penalty. A penalty of 1 costs one nat at the starting L1, whatever the
+    SAE's scale; ``lr`` is in units of the mean active starting code. A latent that falls below its threshold is out
+    for good. ``bias`` adds the decoder bias. Kept is the step with the best validation loss *plus penalty*: with the
+    loss alone, the early, dense steps would win at every penalty. With ``patience`` the run stops as the authors' do,
+    when the L0 has found no new minimum for so many steps, and the last step is kept.
+    """
+    active = sae.act(start)
+    alive = active > 0
+    unit = (active.sum(1) / alive.sum(1).clamp_min(1)).clamp_min(1e-9)[:, None]
+    price = torch.tensor(penalties, device=start.device) / active.sum(1).clamp_min(1e-9)
+    theta = (start / unit).clone().requires_grad_()
+
+    def decode():
+        codes = sae.act(theta * unit) * alive
+        return codes, codes @ sae.W_dec + (sae.b_dec if bias else 0), price * codes.sum(1)
+
+    checks, lowest, since = [], alive.sum().item(), 0
+    for check in _descend(problem, [theta], decode, lr, steps, check_every):
+        alive = alive & (check.codes > 0)
+        if check.validation is not None:
+            checks.append(check)
+        if (l0 := alive.sum().item()) < lowest:
+            lowest, since = l0, 0
+        else:
+            since += 1
+        if patience is not None and since >= patience and check.validation is not None:
+            break
+    return [_kept(checks, i, penalty, last=patience is not None) for i, penalty in enumerate(penalties)]
+
+
+def prune_with_refit(
+    problem: Problem, sae: Sae, start: Float[Tensor, "n d_sae"], sizes=(200, 100, 50, 30, 20, 10, 5),
+    lr: float = 0.05, steps: int = 20, check_every: int = 4,
+) -> list[list[Cleaned]]:
+    """Prune signed codes to fewer and fewer latents, refitting the survivors' weights after each cut.
+
+    ``start``: signed codes, one row per path (contrast codes, or a vector's codes without bias); the decoder bias is
+    not used. Returns, per row, one result per size, so that one run gives the whole loss-L0 path at exact L0.
+    """
+    codes = start.clone()
+    paths = [[] for _ in codes]
+    step = 0
+    for size in sizes:
+        codes = keep_largest(codes, size, sae)
+        kept = codes != 0
+        unit = (codes.abs().sum(1) / kept.sum(1).clamp_min(1)).clamp_min(1e-9)[:, None]
+        weights = (codes / unit).requires_grad_()
+
+        def decode(weights=weights, unit=unit, kept=kept):
+            signed = weights * unit * kept
+            return signed, signed @ sae.W_dec, torch.zeros(len(signed), device=signed.device)
+
+        checks = [c for c in _descend(problem, [weights], decode, lr, steps, check_every, step) if c.validation is not None]
+        step += steps
+        best = [_kept(checks, i) for i in range(len(codes))]
+        for path, result in zip(paths, best, strict=True):
+            path.append(result)
+        codes = torch.stack([result.codes for result in best])
+    return paths
+
+
+def refit(
+    problem: Problem, sae: Sae, start: Float[Tensor, "n d_sae"], lr: float = 0.05, steps: int = 60, check_every: int = 10
+) -> list[Cleaned]:
+    """Tune the weights of a frozen support without penalty: the same atoms, their best weights."""
+    k = int((start != 0).sum(1).max())
+    return [path[0] for path in prune_with_refit(problem, sae, start, (k,), lr, steps, check_every)]
+
+
+def learned_vector(
+    problem: Problem, start: Float[Tensor, "n d_model"], lr: float = 0.05, steps: int = 100, check_every: int = 5
+) -> list[Cleaned]:
+    """Optimise a free dense vector on the same loss: the upper bound without any SAE (Learned-TV).
+
+    ``lr`` is in units of the start's root-mean-square entry.
+    """
+    unit = start.pow(2).mean(1, keepdim=True).sqrt().clamp_min(1e-9)
+    free = (start / unit).clone().requires_grad_()
+
+    def decode():
+        return None, free * unit, torch.zeros(len(start), device=start.device)
+
+    checks = [c for c in _descend(problem, [free], decode, lr, steps, check_every) if c.validation is not None]
+    return [_kept(checks, i) for i in range(len(start))]
+
+
+@dataclass(frozen=True)
+class _Check:
+    """The state of all rows at one step; losses only where validation was due."""
+
+    step: int
+    codes: Tensor | None
+    vectors: Tensor
+    train: Tensor
+    validation: Tensor | None
+    penalty: Tensor
+
+
+def _descend(
+    problem: Problem, parameters: list[Tensor], decode: Callable, lr: float, steps: int, check_every: int, first: int = 0
+) -> Iterator[_Check]:
+    """Run Adam on all rows at once, yielding the state before every step and after the last.
+
+    Rows do not influence each other: their losses are summed, and Adam normalises each entry by itself.
+    """
+    optimizer = torch.optim.Adam(parameters, lr=lr)
+    for step in range(steps + 1):
+        codes, vectors, penalty = decode()
+        due = step % check_every == 0 or step == steps
+        train = problem.train_loss(vectors, first + step) if step < steps else problem.train_loss(vectors.detach(), first + step)
+        yield _Check(
+            step, None if codes is None else codes.detach(), vectors.detach(), train.detach(),
+            problem.validation_loss(vectors.detach()) if due else None, penalty.detach(),
+        )
+        if step < steps:
+            optimizer.zero_grad()
+            (train + penalty).sum().backward()
+            optimizer.step()
+
+
+def _kept(checks: list[_Check], row: int, penalty: float = 0.0, last: bool = False) -> Cleaned:
+    best = checks[-1] if last else min(checks, key=lambda c: (c.validation[row] + c.penalty[row]).item())
+    return Cleaned(
+        codes=None if best.codes is None else best.codes[row].clone(), vector=best.vectors[row].clone(),
+        train_loss=best.train[row].item(), validation_loss=best.validation[row].item(), step=best.step, penalty=penalty,
+    )

@@ -1,0 +1,105 @@
+"""Ways to write a task vector with the atoms of an SAE: sibling functions, one signature.
+
+Each takes the separators, a layer, an SAE and the number of atoms ``k`` (ignored where the method has no such knob),
+and returns codes together with the vector that they decode to.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nb_utils.saes import Sae
+from nb_utils.vectors import Separators, centred_task_vector, task_vector
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Sparse codes [d_sae], the vector [d_model] they stand for, and the target [d_model] they were made for.
+
+    ``target == vector + error`` is an identity.
+    """
+
+    codes: Float[Tensor, " d_sae"]
+    vector: Float[Tensor, " d_model"]
+    target: Float[Tensor, " d_model"]
+
+    @property
+    def error(self) -> Float[Tensor, " d_model"]:
+        return self.target - self.vector
+
+    @property
+    def l0(self) -> int:
+        return int((self.codes != 0).sum())
+
+
+def reconstruct(at: Separators, layer: int, sae: Sae, k: int | None = None) -> Codes:
+    """Pass the mean vector through the SAE: decode(encode(TV)), the naive way (the post)."""
+    target = task_vector(at, layer)
+    codes = sae.encode(target)
+    return Codes(codes, sae.decode(codes), target)
+
+
+def vector_on_reconstruction(at: Separators, layer: int, sae: Sae, k: int | None = None) -> Codes:
+    """Pass every separator through the SAE, then average ("TV on recon" of the post)."""
+    codes = sae.encode(at.few[layer]).mean(0)
+    return Codes(codes, sae.decode(codes), task_vector(at, layer))
+
+
+def gradient_pursuit(at: Separators, layer: int, sae: Sae, k: int | None = 40) -> Codes:
+    """Pursue the TV with ``k`` non-negative unit atoms, one gradient step each ("ITO"; Blumensath & Davies 2008)."""
+    return _pursuit(at, layer, sae, k, "gradient_pursuit")
+
+
+def nonnegative_omp(at: Separators, layer: int, sae: Sae, k: int | None = 40) -> Codes:
+    """Pursue the TV with ``k`` atoms, re-solving non-negative least squares after each: stronger than the paper's."""
+    return _pursuit(at, layer, sae, k, "nonnegative_orthogonal_matching_pursuit")
+
+
+def _pursuit(at, layer, sae, k, algorithm) -> Codes:
+    from transformer_lens.tools.analysis.jacobian_lens_decomposition import get_sparse_decomposition
+
+    target = task_vector(at, layer)
+    norms = sae.W_dec.norm(dim=1)
+    found = get_sparse_decomposition(target - sae.b_dec, sae.W_dec / norms[:, None], k, algorithm=algorithm)
+    codes = torch.zeros_like(sae.threshold)
+    codes[found.support] = found.coordinates / norms[found.support]
+    return Codes(codes, sae.decode(codes), target)
+
+
+def top_k_projection(at: Separators, layer: int, sae: Sae, k: int | None = 40) -> Codes:
+    """Take the ``k`` atoms that the TV projects on most, with least-squares weights: a control for the choice of atoms."""
+    target = task_vector(at, layer)
+    support = (sae.decoder_directions @ (target - sae.b_dec)).topk(k).indices
+    return _least_squares(target, support, sae)
+
+
+def random_support(at: Separators, layer: int, sae: Sae, k: int | None = 40, seed: int = 0) -> Codes:
+    """Take ``k`` random atoms, with least-squares weights: a control for the number of atoms."""
+    order = torch.randperm(len(sae.threshold), generator=torch.Generator().manual_seed(seed))
+    return _least_squares(task_vector(at, layer), order[:k].to(sae.W_dec.device), sae)
+
+
+def _least_squares(target, support, sae) -> Codes:
+    codes = torch.zeros_like(sae.threshold)
+    codes[support] = torch.linalg.lstsq(sae.W_dec[support].T, (target - sae.b_dec)[:, None]).solution[:, 0]
+    return Codes(codes, sae.decode(codes), target)
+
+
+def contrast_codes(at: Separators, layer: int, sae: Sae, k: int | None = None) -> Codes:
+    """Subtract mean zero-shot codes from mean few-shot codes; keep the ``k`` largest (None: all).
+
+    Codes are signed and decoded without bias: they stand for the centred task vector.
+    """
+    codes = sae.encode(at.few[layer]).mean(0) - sae.encode(at.zero[layer]).mean(0)
+    if k is not None:
+        codes = keep_largest(codes, k, sae)
+    return Codes(codes, codes @ sae.W_dec, centred_task_vector(at, layer))
+
+
+def keep_largest(codes: Float[Tensor, "... d_sae"], k: int, sae: Sae) -> Float[Tensor, "... d_sae"]:
+    """Zero all but the ``k`` codes whose atoms contribute most (|code| x decoder norm)."""
+    size = codes.abs() * sae.W_dec.norm(dim=1)
+    kept = size.topk(min(k, size.shape[-1])).indices
+    return torch.zeros_like(codes).scatter(-1, kept, codes.gather(-1, kept))

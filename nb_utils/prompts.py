@@ -1,0 +1,77 @@
+"""Few-shot and zero-shot prompts, with the tokens that matter found by character offsets."""
+
+import random
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a pair is written: ``x`` + separator + `` y``, pairs joined by ``between``."""
+
+    separator: str = " ->"
+    between: str = "\n"
+
+
+ARROW = Template()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenised prompt that ends in its answer.
+
+    ``separators``: index of the last token of every separator, the query's last. ``outputs``: index of the last token
+    of every shot's y. ``answer``: token ids of the query's answer, which are the last tokens of ``ids``.
+    ``accepted``: token ids of every answer that counts as right.
+    """
+
+    ids: tuple[int, ...]
+    separators: tuple[int, ...]
+    outputs: tuple[int, ...]
+    answer: tuple[int, ...]
+    accepted: tuple[tuple[int, ...], ...]
+
+
+def encode(tokenizer, shots, query, template: Template = ARROW) -> Prompt:
+    """Tokenise ``shots`` (pairs) and ``query`` (a pair) as one text; no shots make a zero-shot prompt.
+
+    Raises ValueError when the separator or an answer leaves no token of its own.
+    """
+    text, separator_ends, output_ends = "", [], []
+    for pair in (*shots, query):
+        text += f"{template.between if text else ''}{pair.x}{template.separator}"
+        separator_ends.append(len(text))
+        text += f" {pair.y}"
+        output_ends.append(len(text))
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    ends = {end: index for index, (start, end) in enumerate(offsets) if end > start}
+    try:
+        separators = tuple(ends[end] for end in separator_ends)
+        outputs = tuple(ends[end] for end in output_ends)
+    except KeyError:
+        raise ValueError(
+            f"The tokenizer merges the separator {template.separator!r} or an answer with what follows in {text!r}: "
+            "choose another separator."
+        ) from None
+    head, cut = ids[: separators[-1] + 1], separator_ends[-1]
+    accepted = tuple(_answer(tokenizer, text[:cut], answer, len(head)) for answer in query.answers)
+    return Prompt(tuple(ids), separators, outputs[:-1], tuple(ids[len(head) :]), accepted)
+
+
+def _answer(tokenizer, head: str, answer: str, n_head: int) -> tuple[int, ...]:
+    return tuple(tokenizer(f"{head} {answer}")["input_ids"][n_head:])
+
+
+def zero_shot(tokenizer, pairs, template: Template = ARROW) -> list[Prompt]:
+    """Return one prompt ``x ->`` (with its answer) per pair."""
+    return [encode(tokenizer, (), pair, template) for pair in pairs]
+
+
+def few_shot(tokenizer, pool, queries, n_shots: int, seed: int, template: Template = ARROW) -> list[Prompt]:
+    """Return one prompt per query, each with ``n_shots`` shots drawn from ``pool`` without the query."""
+    rng = random.Random(seed)
+    prompts = []
+    for query in queries:
+        others = [pair for pair in pool if pair.x != query.x]
+        prompts.append(encode(tokenizer, rng.sample(others, min(n_shots, len(others))), query, template))
+    return prompts

@@ -1,0 +1,167 @@
+"""Runs: one notebook executed on one set of parameters, kept only when it finished.
+
+    python -m nb_utils.runs book/experiments/02_cleanup.ipynb -p task antonyms -p layers 8,10 -o run.ipynb
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import nbformat
+import papermill
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError
+
+# Errors of the book's own modules: their message says it all, so the type is not shown.
+OWN_ERRORS = ("TaskError", "ModelError", "SaeError", "RunError")
+
+
+class RunError(ValueError):
+    """A run that cannot start or did not finish; the message is one sentence for the user."""
+
+
+def known_parameters(notebook: str | Path) -> dict[str, object]:
+    """Return the names and defaults of a notebook's parameters, from its cell tagged ``parameters``.
+
+    A default that is not a plain Python value comes back as its source text.
+
+    Raises RunError if there is no such notebook.
+    """
+    if not Path(notebook).is_file():
+        raise RunError(f"There is no notebook {notebook}.")
+    try:
+        found = papermill.inspect_notebook(str(notebook))
+    except nbformat.reader.NotJSONError as error:
+        raise RunError(f"{notebook} is not a notebook.") from error
+    return {name: _value(entry["default"]) for name, entry in found.items()}
+
+
+def execute(
+    notebook: str | Path, parameters: Mapping[str, object], output: str | Path, log: str | Path | None = None
+) -> None:
+    """Execute a notebook with papermill and move its executed copy to `output` once it is complete.
+
+    Until then the copy lies beside `output` under a hidden name, so a killed run leaves nothing that looks
+    finished, and an older `output` stays. A failed run keeps its copy as ``<output stem>.failed.ipynb``. What
+    papermill reports and the cells print goes to `log`.
+
+    Raises RunError if a parameter is unknown (papermill alone only warns) or a cell fails.
+    """
+    output = Path(output)
+    known = known_parameters(notebook)
+    if unknown := [name for name in parameters if name not in known]:
+        raise RunError(f"{notebook} has no parameter {unknown[0]!r}; it knows {', '.join(known)}.")
+    failed = output.with_suffix(".failed.ipynb")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(dir=output.parent, prefix=f".{output.stem}.", suffix=".ipynb")
+    os.close(handle)
+    try:
+        with _logged(log):
+            papermill.execute_notebook(
+                str(notebook), scratch, parameters=dict(parameters), kernel_name="python3",
+                progress_bar=False, log_output=True,
+            )
+        state = nbformat.read(scratch, as_version=4).metadata.papermill
+        if state.get("exception") or not state.get("end_time"):
+            raise RunError(f"{notebook} stopped before its last cell.")
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, output)
+        failed.unlink(missing_ok=True)
+    except (PapermillExecutionError, DeadKernelError, RunError) as error:
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, failed)
+        raise RunError(f"{_sentence(error)} (executed copy: {failed})") from error
+    finally:
+        Path(scratch).unlink(missing_ok=True)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, DeadKernelError):
+        return "The kernel died, most likely for want of memory: run it with fewer layers or more memory."
+    if isinstance(error, PapermillExecutionError):
+        own = error.ename.rpartition(".")[2] in OWN_ERRORS
+        message = " ".join(str(error.evalue).split())
+        return message if own else f"{error.ename}: {message}"
+    return str(error)
+
+
+@contextmanager
+def _logged(log: str | Path | None):
+    """Send what papermill and the kernel report, cell outputs included, to a file instead of the terminal."""
+    if log is None:
+        yield
+        return
+    Path(log).parent.mkdir(parents=True, exist_ok=True)
+    logger, handler = logging.getLogger("papermill"), logging.FileHandler(log, mode="w")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    level, propagate, terminal = logger.level, logger.propagate, os.dup(2)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    os.dup2(handler.stream.fileno(), 2)  # the kernel is a child process: it inherits this
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+        handler.close()
+
+
+def _value(source: str) -> object:
+    try:
+        return ast.literal_eval(source)
+    except (ValueError, SyntaxError):
+        return source
+
+
+def _typed(name: str, text: str, default: object) -> object:
+    """Read a word of the command line as the type of the parameter's default: ``8`` stays text if that is."""
+    if isinstance(default, str) or default is None:
+        return text
+    value = _value({"true": "True", "false": "False"}.get(text.lower(), text))
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    if type(value) is not type(default):
+        raise RunError(f"Parameter {name!r} needs a value like {default!r}, not {text!r}.")
+    return value
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; every error is one line on stderr and exit code 1."""
+    parser = argparse.ArgumentParser(prog="python -m nb_utils.runs", description="Execute one notebook.")
+    parser.add_argument("notebook")
+    parser.add_argument(
+        "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+        help="a parameter of the notebook; may be repeated",
+    )
+    parser.add_argument("-o", "--output", required=True, help="where the executed copy goes")
+    parser.add_argument("--log", help="file for what papermill reports and the cells print")
+    args = parser.parse_args(argv)
+    label = f"{Path(args.notebook).stem} · {dict(args.parameters).get('task', Path(args.output).stem)}"
+    start = time.monotonic()
+    try:
+        known = known_parameters(args.notebook)
+        given = {name: _typed(name, text, known.get(name)) for name, text in args.parameters}
+        print(f"{label}: running", flush=True)
+        execute(args.notebook, given, args.output, args.log)
+    except (RunError, OSError) as error:
+        print(f"{label}: FAILED: {error}", file=sys.stderr, flush=True)
+        return 1
+    print(f"{label}: done in {time.monotonic() - start:.0f} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""The engine against the plain way: a full forward pass through TransformerBridge with a hook."""
+
+import pytest
+import torch
+
+from nb_utils import engine, models, prompts, tasks
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return models.load("tiny")
+
+
+def pairs(n=6):
+    words = ["hot", "cold", "big", "small", "up", "down", "old", "new", "wet", "dry", "far", "near"]
+    return [tasks.Pair(words[i], words[i + 1], (words[i + 1],)) for i in range(n)]
+
+
+def plain(model, prompt, vector, layer, mode, at="separator"):
+    """NLL of every answer token from one unpadded forward pass through TransformerLens."""
+    ids = torch.tensor([prompt.ids])
+    position = prompt.separators[-1] if at == "separator" else prompt.outputs[-1]
+
+    def steer(stream, hook):
+        before, here, after = stream[:, :position], stream[:, position : position + 1], stream[:, position + 1 :]
+        here = here + vector if mode == "add" else vector.expand_as(here)
+        return torch.cat([before, here, after], dim=1)
+
+    logits = model.bridge.run_with_hooks(ids, fwd_hooks=[(f"blocks.{layer}.hook_resid_post", steer)])
+    first = len(prompt.ids) - len(prompt.answer)
+    log_probs = logits[0].log_softmax(-1)
+    return -log_probs[torch.arange(first - 1, len(prompt.ids) - 1), torch.tensor(prompt.answer)]
+
+
+@pytest.mark.parametrize("mode", ["add", "replace"])
+@pytest.mark.parametrize("layer", [0, 3, 5])
+@pytest.mark.parametrize("at", ["separator", "output"])
+def test_losses_and_gradients_equal_a_hooked_forward_pass(tiny, mode, layer, at):
+    pool = pairs()
+    batch = prompts.few_shot(tiny.tokenizer, pool, pool[:3], n_shots=2, seed=0)
+    site = engine.Site.prepare(tiny, batch, at=at)
+    vectors = torch.randn(2, tiny.d_model, generator=torch.Generator().manual_seed(1))
+    scores = site.evaluate(vectors, layer, mode)
+    for i, vector in enumerate(vectors):
+        for j, prompt in enumerate(batch):
+            expected = plain(tiny, prompt, vector, layer, mode, at)
+            torch.testing.assert_close(scores.nll[i, j, : len(expected)], expected, atol=1e-4, rtol=0)
+            assert scores.nll[i, j, len(expected) :].isnan().all()
+    ours = vectors.clone().requires_grad_()
+    site.loss(ours, layer, mode).sum().backward()
+    theirs = vectors.clone().requires_grad_()
+    sum(plain(tiny, p, v, layer, mode, at).sum() for v in theirs for p in batch).div(len(batch)).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_adding_zero_is_the_identity(tiny):
+    batch = prompts.zero_shot(tiny.tokenizer, pairs())
+    site = engine.Site.prepare(tiny, batch)
+    zero = torch.zeros(1, tiny.d_model)
+    base = site.unsteered().nll
+    for layer in range(tiny.n_layers):
+        torch.testing.assert_close(site.evaluate(zero, layer).nll, base, atol=1e-4, rtol=0, equal_nan=True)
+
+
+def test_replacing_by_the_own_residual_is_the_identity(tiny):
+    batch = prompts.zero_shot(tiny.tokenizer, pairs(1))
+    site = engine.Site.prepare(tiny, batch)
+    torch.testing.assert_close(
+        site.evaluate(site.at(2), 2, "replace").nll, site.unsteered().nll, atol=1e-4, rtol=0, equal_nan=True
+    )
+
+
+def test_residuals_are_transformer_lens_hook_values(tiny):
+    pool = pairs()
+    batch = prompts.few_shot(tiny.tokenizer, pool, pool[:3], n_shots=3, seed=0)
+    ours = engine.residuals(tiny, batch, [p.separators for p in batch], [1, 4])
+    for layer in (1, 4):
+        theirs = []
+        for prompt in batch:
+            _, cache = tiny.bridge.run_with_cache(torch.tensor([prompt.ids]))
+            theirs.append(cache[f"blocks.{layer}.hook_resid_post"][0, list(prompt.separators)])
+        torch.testing.assert_close(ours[layer], torch.cat(theirs), atol=1e-4, rtol=1e-4)
+
+
+def test_no_hook_stays_behind(tiny):
+    batch = prompts.zero_shot(tiny.tokenizer, pairs())
+    engine.Site.prepare(tiny, batch)
+    engine.residuals(tiny, batch, [p.separators for p in batch], [1])
+    assert not any(block._forward_hooks or block._forward_pre_hooks for block in tiny.hf.model.layers)
+
+
+def test_a_vocabulary_of_every_token_changes_nothing_and_a_small_one_keeps_the_answers(tiny):
+    site = engine.Site.prepare(tiny, prompts.zero_shot(tiny.tokenizer, pairs()))
+    vectors = torch.randn(3, tiny.d_model)
+    whole = engine.vocabulary(site, keep=10**6)
+    torch.testing.assert_close(site.loss(vectors, 2, vocabulary=whole), site.loss(vectors, 2))
+    small = engine.vocabulary(site, keep=20)
+    assert (small.index[site.labels] >= 0).all() and len(small.weight) == 20
+
+
+def test_chunks_do_not_change_the_result(tiny, monkeypatch):
+    site = engine.Site.prepare(tiny, prompts.zero_shot(tiny.tokenizer, pairs()))
+    vectors = torch.randn(7, tiny.d_model)
+    whole = site.evaluate(vectors, 2)
+    monkeypatch.setattr(engine, "BYTE_BUDGET", 50_000)
+    torch.testing.assert_close(site.evaluate(vectors, 2).nll, whole.nll, atol=1e-5, rtol=0, equal_nan=True)
+
+
+def test_an_empty_site_and_an_unknown_mode_are_refused(tiny):
+    with pytest.raises(ValueError, match="at least one prompt"):
+        engine.Site.prepare(tiny, [])
+    site = engine.Site.prepare(tiny, prompts.zero_shot(tiny.tokenizer, pairs(1)))
+    with pytest.raises(ValueError, match="add"):
+        site.evaluate(torch.zeros(1, tiny.d_model), 1, "multiply")

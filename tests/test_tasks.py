@@ -1,0 +1,334 @@
+import json
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nb_utils import tasks
+from nb_utils.tasks import MIN_BUCKET, MIN_PAIRS, Pair, Task, TaskError
+
+EVERY_SHIPPED = [(kind, name) for kind in tasks.FOLDERS for name in tasks.names(kind)]
+# Files of fewer than 100 pairs: {name: (pairs, reason)}. None at present.
+SHORTER = {}
+
+
+def made(pairs, name="made"):
+    return Task(name, name, tuple(Pair(x, y, (y,)) for x, y in pairs), "none", "made up", "word", "own")
+
+
+def numbered(count):
+    return made([(f"word {i}", f"answer {i}") for i in range(count)])
+
+
+def buckets(splits):
+    return [splits.vector, splits.train, splits.validation, splits.test]
+
+
+def written(folder, content, name="mine.json"):
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    return path
+
+
+def complaint(path):
+    """Return the one line that `load` refuses a file with, which must name the file."""
+    with pytest.raises(TaskError) as caught:
+        tasks.load(path)
+    message = str(caught.value)
+    assert "mine.json" in message
+    assert "\n" not in message
+    assert message.endswith(".")
+    return message
+
+
+def plain(count=MIN_PAIRS):
+    return {f"x{i}": f"y{i}" for i in range(count)}
+
+
+# ------------------------------------------------------------------------------------------ shipped tasks
+
+
+def test_at_least_twenty_word_tasks_are_shipped_and_the_sentences_for_the_generalisation_test():
+    assert len(tasks.names()) >= 20
+    assert "en_es" in tasks.names("sentence")
+
+
+@pytest.mark.parametrize(("kind", "name"), EVERY_SHIPPED)
+def test_every_shipped_task_loads_and_says_where_it_comes_from(kind, name):
+    task = tasks.load(name, kind)
+    assert task.name == name
+    assert task.kind == kind
+    assert task.category in {"lexical", "translation", "knowledge", "inflection", "list"}
+    assert task.licence != "not stated"
+    assert re.search(r"\d+\.\d+", task.origin), "the origin names a package and its version"
+    assert len(task.pairs) >= (SHORTER[name][0] if name in SHORTER else 100)
+    assert len(task.pairs) <= 400
+
+
+@pytest.mark.parametrize(("kind", "name"), EVERY_SHIPPED)
+def test_no_shipped_pair_answers_with_its_own_input(kind, name):
+    for pair in tasks.load(name, kind).pairs:
+        assert pair.x.casefold() not in {answer.casefold() for answer in pair.answers}, pair
+
+
+@pytest.mark.parametrize(("kind", "name"), EVERY_SHIPPED)
+def test_every_shipped_task_splits_into_usable_buckets(kind, name):
+    task = tasks.load(name, kind)
+    splits = tasks.split(task)
+    assert sorted(pair.x for bucket in buckets(splits) for pair in bucket) == sorted(p.x for p in task.pairs)
+    assert len(splits.vector) >= 17  # one prompt of 16 shots and a query
+    for bucket, share in zip(buckets(splits), tasks.SIZES.values(), strict=True):
+        assert len(bucket) / len(task.pairs) == pytest.approx(share, abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["antonyms", "country_capital", "singular_plural", "en_es"])
+def test_a_known_pair_is_in_its_task(name):
+    known = {
+        "antonyms": ("hot", "cold"),
+        "country_capital": ("France", "Paris"),
+        "singular_plural": ("child", "children"),
+        "en_es": ("house", "casa"),
+    }
+    x, y = known[name]
+    assert {pair.x: pair.y for pair in tasks.load(name).pairs}[x] == y
+
+
+@pytest.mark.parametrize(("name", "index"), [("algo_first", 0), ("algo_second", 1), ("algo_last", 3)])
+def test_a_list_task_answers_with_the_word_at_its_place(name, index):
+    for pair in tasks.load(name).pairs:
+        words = pair.x.split(", ")
+        assert len(set(words)) == 4
+        assert pair.y == words[index]
+
+
+@pytest.mark.parametrize("name", [name for name in tasks.names() if name.startswith("present_simple")])
+def test_inflections_are_single_lower_case_words(name):
+    for pair in tasks.load(name).pairs:
+        assert all(word.isalpha() and word.islower() for word in (pair.x, *pair.answers)), pair
+
+
+# ------------------------------------------------------------------------------------------- a user's file
+
+
+def test_a_dict_a_list_and_our_own_format_read_alike(tmp_path):
+    rows = [{"input": x, "output": y} for x, y in plain().items()]
+    as_dict = tasks.load(written(tmp_path, plain(), "a.json"))
+    as_list = tasks.load(written(tmp_path, rows, "b.json"))
+    ours = tasks.load(written(tmp_path, {"title": "Mine", "licence": "CC0", "pairs": rows}, "c.json"))
+    assert as_dict.pairs == as_list.pairs == ours.pairs
+    assert as_dict.pairs[0] == Pair("x0", "y0", ("y0",))
+    assert (as_dict.name, as_dict.title, ours.title, ours.licence) == ("a", "A", "Mine", "CC0")
+
+
+def test_a_list_of_answers_keeps_its_order_and_drops_repeats(tmp_path):
+    task = tasks.load(written(tmp_path, {**plain(), "big": ["small", "little", "small"]}))
+    assert task.pairs[-1] == Pair("big", "small", ("small", "little"))
+
+
+def test_spaces_around_words_and_a_byte_order_mark_do_not_matter(tmp_path):
+    content = b"\xef\xbb\xbf" + json.dumps({**plain(), " new ": " old\t"}).encode()
+    assert tasks.load(written(tmp_path, content)).pairs[-1] == Pair("new", "old", ("old",))
+
+
+def test_the_word_pairs_may_be_an_input(tmp_path):
+    task = tasks.load(written(tmp_path, {**plain(), "pairs": ["paires", "couples"]}))
+    assert task.pairs[-1] == Pair("pairs", "paires", ("paires", "couples"))
+
+
+def test_a_path_as_text_works_from_the_current_folder(tmp_path, monkeypatch):
+    written(tmp_path, plain())
+    monkeypatch.chdir(tmp_path)
+    assert tasks.load("mine.json") == tasks.load(str(tmp_path / "mine.json"))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"{'x': 'y'}", "is not JSON"),
+        (b"", "is not JSON"),
+        (b'{"x": "\xe9"}', "is not UTF-8 (byte 7)"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"[" + b"9" * 10_000 + b"]", "number too long"),
+        (json.dumps("hello").encode(), 'not "hello"'),
+        (json.dumps(plain(19)).encode(), "holds 19 pairs and a task needs 20"),
+        (json.dumps({"pairs": [{"input": "x", "output": "y"}]}).encode(), "holds 1 pairs"),
+        (json.dumps([["x", "y"]]).encode(), 'entry 1: expected {"input": x, "output": y}, found a list of 2'),
+        (json.dumps([{"input": "x"}]).encode(), "entry 1: expected"),
+        (json.dumps({"a": "b", "x": ""}).encode(), 'entry 2 (input "x"): the answer must be'),
+        (json.dumps({"x": 3}).encode(), 'entry 1 (input "x"): the answer must be a non-empty string, not 3'),
+        (json.dumps({"x": []}).encode(), "the list of accepted answers is empty"),
+        (json.dumps({"x": ["y", None]}).encode(), "not null"),
+        (json.dumps({" ": "y"}).encode(), "the input must be a non-empty string"),
+        (json.dumps({"x": "y\nz"}).encode(), "must be one line"),
+        (json.dumps({"x": "\ud800"}).encode(), "surrogate"),
+        (b'{"x": "y", "z": "y", "x": "w"}', 'entry 3 (input "x") repeats the input of entry 1'),
+        (json.dumps([{"input": "x", "output": "y"}] * 2).encode(), "repeats the input of entry 1"),
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_used_is_refused_in_one_line_that_names_the_entry(tmp_path, content, says):
+    assert says in complaint(written(tmp_path, content))
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"title": 3}, "'title' must be"),
+        ({"kind": "poem"}, "'kind' must be one of"),
+        ({"name": "../x"}, "a slash"),
+    ],
+)
+def test_a_wrong_field_of_our_own_format_is_named(tmp_path, fields, says):
+    rows = [{"input": x, "output": y} for x, y in plain().items()]
+    assert says in complaint(written(tmp_path, {**fields, "pairs": rows}))
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+    assert "There is no file" in complaint(tmp_path / "mine.json")
+    (tmp_path / "mine.json").mkdir()
+    assert "cannot be read" in complaint(tmp_path / "mine.json")
+
+
+def test_an_unknown_task_lists_the_others_and_suggests_the_closest():
+    with pytest.raises(TaskError, match=r"no task 'antonym'\. Did you mean 'antonyms'\?.*country_capital"):
+        tasks.load("antonym")
+    with pytest.raises(TaskError, match=r"no task 'zzzz'\. Shipped are"):
+        tasks.load("zzzz")
+    with pytest.raises(TaskError, match="no kind"):
+        tasks.load("antonyms", kind="poem")
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
+    lambda inner: (
+        st.lists(inner) | st.dictionaries(st.text() | st.sampled_from(["input", "output", "pairs"]), inner)
+    ),
+    max_leaves=30,
+)
+near_misses = st.dictionaries(
+    st.text(), st.text() | st.lists(st.text(min_size=1), max_size=3), min_size=18, max_size=30
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(content=anything | near_misses)
+def test_any_json_gives_a_task_or_a_task_error(content, tmp_path_factory):
+    path = written(tmp_path_factory.getbasetemp(), content)
+    try:
+        task = tasks.load(path)
+    except TaskError:
+        return
+    assert len({pair.x for pair in task.pairs}) == len(task.pairs) >= MIN_PAIRS
+    assert all(pair.y == pair.answers[0] and pair.x.strip() for pair in task.pairs)
+
+
+@settings(max_examples=200, deadline=None)
+@given(content=st.binary(max_size=200))
+def test_any_bytes_give_a_task_error(content, tmp_path_factory):
+    with pytest.raises(TaskError):
+        tasks.load(written(tmp_path_factory.getbasetemp(), content))
+
+
+# ------------------------------------------------------------------------------------------------- splits
+
+
+@settings(max_examples=60, deadline=None)
+@given(words=st.sets(st.text(min_size=1, max_size=4), min_size=MIN_PAIRS, max_size=120), seed=st.integers())
+def test_buckets_are_disjoint_complete_and_do_not_hang_on_the_order_of_the_file(words, seed):
+    pairs = [(word, f"answer to {word}") for word in sorted(words)]
+    splits = tasks.split(made(pairs))
+    inputs = [pair.x for bucket in buckets(splits) for pair in bucket]
+    assert len(inputs) == len(set(inputs)) == len(pairs)
+    random.Random(seed).shuffle(pairs)
+    assert tasks.split(made(pairs)) == splits
+
+
+def test_a_split_is_the_same_on_every_machine():
+    splits = tasks.split(numbered(20))
+    assert [pair.x for pair in splits.validation] == ["word 5", "word 7", "word 2"]
+    assert [len(bucket) for bucket in buckets(splits)] == [7, 4, 3, 6]
+
+
+def test_the_answer_of_a_pair_does_not_move_it():
+    other = made([(pair.x, "another answer") for pair in numbered(60).pairs])
+    for ours, theirs in zip(buckets(tasks.split(numbered(60))), buckets(tasks.split(other)), strict=True):
+        assert [pair.x for pair in ours] == [pair.x for pair in theirs]
+
+
+def test_one_more_pair_moves_at_most_the_pairs_next_to_the_three_cuts():
+    before, after = tasks.split(numbered(200)), tasks.split(numbered(201))
+    moved = sum(len(set(old) - set(new)) for old, new in zip(buckets(before), buckets(after), strict=True))
+    assert moved <= 3
+
+
+@settings(max_examples=60, deadline=None)
+@given(count=st.integers(20, 80), seed=st.integers())
+def test_a_pair_and_its_reversal_share_a_bucket(count, seed):
+    pairs = [(f"left {i}", f"right {i}") for i in range(count)]
+    pairs += [(y.upper(), x) for x, y in pairs]  # a capital does not hide a reversal
+    random.Random(seed).shuffle(pairs)
+    splits = tasks.split(made(pairs))
+    for bucket in buckets(splits):
+        inputs = {pair.x.casefold() for pair in bucket}
+        assert all(pair.y.casefold() in inputs for pair in bucket)
+
+
+def test_no_shipped_antonym_is_trained_in_one_direction_and_tested_in_the_other():
+    splits = tasks.split(tasks.load("antonyms"))
+    where = {pair.x: number for number, bucket in enumerate(buckets(splits)) for pair in bucket}
+    reversals = 0
+    for pair in tasks.load("antonyms").pairs:
+        for answer in pair.answers:
+            back = [
+                other
+                for other in tasks.load("antonyms").pairs
+                if other.x == answer and pair.x in other.answers
+            ]
+            assert all(where[other.x] == where[pair.x] for other in back)
+            reversals += len(back)
+    assert reversals > 50
+
+
+def test_a_bucket_too_small_to_use_is_named_with_what_it_needs():
+    sizes = {"vector": 0.80, "train": 0.10, "validation": 0.05, "test": 0.05}
+    with pytest.raises(
+        TaskError, match=rf"train bucket .* hold 2 of its 20 pairs and needs {MIN_BUCKET}: a task of 60 pairs"
+    ):
+        tasks.split(numbered(20), sizes)
+    answers = [(f"w{(i + 1) % 20}", f"w{(i - 1) % 20}") for i in range(20)]
+    ring = tuple(Pair(f"w{i}", both[0], both) for i, both in enumerate(answers))
+    with pytest.raises(TaskError, match=r"vector bucket of task 'ring' would hold 0"):
+        tasks.split(Task("ring", "Ring", ring, "none", "made up", "word", "own"))
+
+
+@settings(max_examples=40, deadline=None)
+@given(count=st.integers(MIN_PAIRS, 60), largest=st.integers(1, 6))
+def test_the_number_of_pairs_an_error_asks_for_is_enough(count, largest):
+    def grouped(size):
+        words = [f"{i // largest} {i % largest}" for i in range(size)]
+        mates = [
+            tuple(w for w in words if w.split()[0] == x.split()[0] and w != x) or ("none",) for x in words
+        ]
+        pairs = tuple(Pair(x, y[0], y) for x, y in zip(words, mates, strict=True))
+        return Task("grouped", "Grouped", pairs, "none", "made up", "word", "own")
+
+    try:
+        tasks.split(grouped(count))
+    except TaskError as error:
+        tasks.split(grouped(int(re.search(r"a task of (\d+) pairs fills", str(error))[1])))
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"vector": 1.0}, {"vector": 0.5, "train": 0.5, "validation": 0.5, "test": -0.5}, {}]
+)
+def test_sizes_that_are_not_four_fractions_of_one_are_refused(sizes):
+    with pytest.raises(TaskError, match="Split sizes must be"):
+        tasks.split(numbered(40), sizes)
+
+
+def test_the_module_needs_no_torch():
+    code = "import sys, nb_utils.tasks; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
