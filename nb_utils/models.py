@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import util
 from pathlib import Path
@@ -91,18 +91,28 @@ class Model:
         from transformer_lens.model_bridge import TransformerBridge
 
         # The bridge changes the tree and the configuration that it is given, so it gets a second tree over shared tensors.
-        with torch.device("meta"):
-            twin = type(self.hf)(copy.deepcopy(self.hf.config))
-        twin.load_state_dict(self.hf.state_dict(), strict=False, assign=True)
-        for (_, ours), (path, theirs) in zip(self.hf.named_buffers(), list(twin.named_buffers()), strict=True):
-            parent, _, leaf = path.rpartition(".")
-            setattr(twin.get_submodule(parent), leaf, ours) if theirs.is_meta else None
-        twin.tie_weights()
-        twin.eval().requires_grad_(False)
+        twin = _twin(self.hf, self.dtype)
         return TransformerBridge.boot_transformers(
             EMBEDDED[self.name].hub_name if self.name in EMBEDDED else self.name,
             hf_model=twin, tokenizer=self.tokenizer, device=str(self.device), dtype=self.dtype,
         )
+
+    def to(self, dtype: torch.dtype) -> "Model":
+        """Return the model in another dtype; the tensors are shared where nothing changes."""
+        return replace(self, hf=_twin(self.hf, dtype))
+
+
+def _twin(hf: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """Build a second module tree with its own configuration over the same tensors (converted if ``dtype`` differs)."""
+    with torch.device("meta"):
+        twin = type(hf)(copy.deepcopy(hf.config))
+    twin.load_state_dict({name: tensor.to(dtype) for name, tensor in hf.state_dict().items()}, strict=False, assign=True)
+    for (path, ours), (_, theirs) in zip(hf.named_buffers(), list(twin.named_buffers()), strict=True):
+        if theirs.is_meta:  # rotary frequencies and embedding scales, which no state dict holds; they stay fp32
+            parent, _, leaf = path.rpartition(".")
+            setattr(twin.get_submodule(parent), leaf, ours)
+    twin.tie_weights()
+    return twin.eval().requires_grad_(False)
 
 
 def load(name: str = "gemma-3-270m", device: str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
@@ -134,7 +144,26 @@ def load(name: str = "gemma-3-270m", device: str = "cpu", dtype: torch.dtype = t
             f"check the name and your connection to the hub, or use an embedded model: {', '.join(EMBEDDED)}."
         ) from error
     hf = hf.to(device).eval().requires_grad_(False)
+    if name not in EMBEDDED:
+        _check_layout(hf, name)
     return Model(name=name, hf=hf, tokenizer=tokenizer, sha256=sha256)
+
+
+@torch.no_grad()
+def _check_layout(hf: torch.nn.Module, name: str) -> None:
+    """Make sure that the engine may replay the blocks: anything between them and the logits that it doesn't know is an error."""
+    core = getattr(hf, "model", None)
+    if not all(hasattr(core, part) for part in ("layers", "norm")) or not hasattr(hf, "lm_head"):
+        raise ModelError(
+            f"{name!r} is a {type(hf).__name__}: we run decoders built as model.layers, model.norm and lm_head, "
+            "such as Llama, Mistral, Qwen, Phi-3, OLMo and Gemma."
+        )
+    ids = torch.arange(4, 8, device=hf.device)[None]
+    logits, ours = hf(ids).logits, hf.lm_head(core(ids).last_hidden_state)
+    if cap := getattr(hf.config, "final_logit_softcapping", None):
+        ours = torch.tanh(ours / cap) * cap
+    if not torch.allclose(logits.float(), ours.float(), atol=1e-2, rtol=1e-2):
+        raise ModelError(f"{name!r} scales its logits in a way that we don't handle; use another model.")
 
 
 def cache_dir() -> Path:

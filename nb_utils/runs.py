@@ -22,7 +22,7 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 # Errors of the book's own modules: their message says it all, so the type is not shown.
-OWN_ERRORS = ("TaskError", "ModelError", "SaeError", "RunError")
+OWN_ERRORS = ("TaskError", "ModelError", "SaeError", "TableError", "RunError")
 
 
 class RunError(ValueError):
@@ -50,9 +50,10 @@ def execute(
 ) -> None:
     """Execute a notebook with papermill and move its executed copy to `output` once it is complete.
 
-    Until then the copy lies beside `output` under a hidden name, so a killed run leaves nothing that looks
-    finished, and an older `output` stays. A failed run keeps its copy as ``<output stem>.failed.ipynb``. What
-    papermill reports and the cells print goes to `log`.
+    Until then the copy lies beside `output` under a hidden name: a killed run leaves nothing that looks
+    finished, and an older `output` stays. A failed run keeps its copy as ``<output stem>.failed.ipynb``.
+    The title of a copy names the parameter `task`, if there is one. What papermill reports and the cells
+    print goes to `log`.
 
     Raises RunError if a parameter is unknown (papermill alone only warns) or a cell fails.
     """
@@ -70,9 +71,13 @@ def execute(
                 str(notebook), scratch, parameters=dict(parameters), kernel_name="python3",
                 progress_bar=False, log_output=True,
             )
-        state = nbformat.read(scratch, as_version=4).metadata.papermill
-        if state.get("exception") or not state.get("end_time"):
+        run = nbformat.read(scratch, as_version=4)
+        if run.metadata.papermill.get("exception") or not run.metadata.papermill.get("end_time"):
             raise RunError(f"{notebook} stopped before its last cell.")
+        if "task" in parameters:  # the pages of all tasks stand in one table of contents
+            title, _, rest = run.cells[0].source.partition("\n")
+            run.cells[0].source = f"{title}: {Path(str(parameters['task'])).stem}\n{rest}".rstrip()
+            nbformat.write(run, scratch)
         os.chmod(scratch, 0o644)
         os.replace(scratch, output)
         failed.unlink(missing_ok=True)

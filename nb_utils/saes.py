@@ -34,9 +34,9 @@ class SaeError(ValueError):
 class Sae:
     """One SAE on the residual stream, in raw activation units, float32.
 
-    ``layer`` is the block whose output the SAE reads: ``hook_resid_pre`` of block L is the output of block L-1.
+    ``layer`` is the block whose output the SAE reads (``hook_resid_pre`` of block L is the output of L-1).
     ``threshold`` is 0 for a plain ReLU; ``k`` is set only for TopK. Whatever the file stores apart (a bias
-    taken off the input, decoder norms on the codes, a gate) is folded in, so the five tensors are the whole SAE.
+    taken off the input, decoder norms on the codes, a gate) is folded in: the five tensors are the whole SAE.
     ``sha256`` identifies the weights in the provenance of a table.
     """
 
@@ -96,9 +96,9 @@ def load(model: Model, sae_set: str | Path, layer: int, allow_other_model: bool 
     - a release of SAELens's registry, such as ``gemma-scope-2b-pt-res-canonical``, or ``release:sae_id``.
 
     The layer comes from each SAE's own hook name. Where a set has several SAEs for a layer, the narrowest is
-    taken, of those the one whose published L0 is closest to 50, then the first by name. Raises SaeError, in one
-    sentence, for an unknown set, a layer without SAE, a damaged file, an architecture or hook that we don't
-    handle, and an SAE of another width or another model (only the last can be waived: ``allow_other_model``).
+    taken, of those the one whose published L0 is closest to 50, then the first by name. Raises SaeError, in
+    one sentence, for an unknown set, a layer without SAE, a damaged file, an architecture or hook that we do
+    not handle, and an SAE of another width or another model (``allow_other_model`` waives the last).
     """
     if _is_random(model, sae_set):
         return random(model, layer)
@@ -129,9 +129,9 @@ def layers(model: Model, sae_set: str | Path = "shipped") -> tuple[int, ...]:
 
 
 def random(model: Model, layer: int, d_sae: int = 64, seed: int = 0) -> Sae:
-    """Build an untrained SAE: random unit directions, tied encoder, each latent on for an eighth of the tokens.
+    """Build an untrained SAE: random unit directions, tied encoder, each latent on for 1/8 of the tokens.
 
-    So at the default width about 8 latents fire on a residual. Raises SaeError when there is no such layer.
+    At the default width about 8 latents fire on a residual. Raises SaeError when there is no such layer.
     """
     if layer not in range(model.n_layers):
         raise SaeError(f"{model.name!r} has no layer {layer}: it has layers 0 to {model.n_layers - 1}.")
@@ -284,7 +284,7 @@ def _read_release(source: str):
 
 
 def _folder_layers(root: Path) -> dict[int, Path]:
-    """Return {layer: SAELens folder} for a folder of one SAE, or of many (of which other hooks are left out)."""
+    """Return {layer: SAELens folder} of a folder with one SAE or with many (other hooks are left out)."""
     if (root / CONFIG).exists():
         return {_layer_of_hook(_hook_name(_config(root)), root): root}
     ranked = {}

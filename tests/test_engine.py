@@ -112,3 +112,22 @@ def test_an_empty_site_and_an_unknown_mode_are_refused(tiny):
     site = engine.Site.prepare(tiny, prompts.zero_shot(tiny.tokenizer, pairs(1)))
     with pytest.raises(ValueError, match="add"):
         site.evaluate(torch.zeros(1, tiny.d_model), 1, "multiply")
+
+
+def test_kl_is_zero_for_the_own_distribution_and_matches_torch_otherwise(tiny):
+    site = engine.Site.prepare(tiny, prompts.zero_shot(tiny.tokenizer, pairs()))
+    vectors = torch.randn(2, tiny.d_model)
+    steered = site.log_probs(vectors, 2)
+    kl = site.evaluate(vectors, 2, reference=steered[0]).kl
+    assert kl[0].abs().max() < 1e-4
+    expected = torch.nn.functional.kl_div(steered[1], steered[0], log_target=True, reduction="none").sum(-1)
+    torch.testing.assert_close(kl[1], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_taking_prompts_equals_preparing_them_alone(tiny):
+    batch = prompts.zero_shot(tiny.tokenizer, pairs())
+    site = engine.Site.prepare(tiny, batch)
+    vectors = torch.randn(2, tiny.d_model)
+    order = torch.tensor([4, 1])
+    alone = engine.Site.prepare(tiny, [batch[4], batch[1]])
+    torch.testing.assert_close(site.take(order).loss(vectors, 1), alone.loss(vectors, 1), atol=1e-4, rtol=0)

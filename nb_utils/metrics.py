@@ -1,0 +1,235 @@
+"""Metrics: means over tasks with their uncertainty, and choices that never look at test losses.
+
+All functions take the tidy frames of `tables.load`. A row is one vector on the test prompts of one task;
+``losses`` holds its loss on each prompt, in an order shared by all rows of a task, so differences are paired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import pandas as pd
+
+# A task counts in headline means when the model does it few-shot: first-token accuracy, and cut of the loss.
+MIN_ACCURACY = 0.30
+MIN_GAIN = 0.25
+
+# A claim holds when the interval is on its side of 0 and so are this many of the tasks.
+MOST = 0.75
+
+DRAWS = 2000
+LEVEL = 0.95
+# Averaged beside the loss where a frame has them: over seeds, then over tasks.
+MEASURES = ("l0", "accuracy", "exact", "token_loss", "d_ntp", "train_loss", "validation_loss", "seconds")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The paired difference of two methods, averaged over tasks: below 0, the first has the lower loss.
+
+    ``low`` and ``high`` bound the 95 % interval; ``by_task`` has every task's difference, the best first.
+    """
+
+    mean: float
+    low: float
+    high: float
+    by_task: pd.Series
+
+    @property
+    def tasks(self) -> int:
+        return len(self.by_task)
+
+    @property
+    def better(self) -> int:
+        """Count the tasks on which the first method has the lower loss."""
+        return int((self.by_task < 0).sum())
+
+    @property
+    def verdict(self) -> str:
+        """Judge the claim that the first method has the lower loss, by its interval and by `MOST` tasks."""
+        if self.mean >= 0:
+            return "fails"
+        return "holds" if self.high < 0 and self.better >= MOST * self.tasks else "holds in part"
+
+    @property
+    def word(self) -> str:
+        """Say in a word how the first method's loss compares, as far as the interval allows."""
+        return "lower than" if self.high < 0 else "higher than" if self.low > 0 else "about the same as"
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+
+
+def rows(frame: pd.DataFrame, **equal: object) -> pd.DataFrame:
+    """Keep the rows whose columns have the given values: ``rows(frame, method="clean", layer=10)``."""
+    kept = pd.Series(True, index=frame.index)
+    for column, value in equal.items():
+        kept &= frame[column].eq(value).fillna(False).astype(bool)
+    return frame[kept]
+
+
+def solved(frame: pd.DataFrame) -> pd.Series:
+    """Say of every task whether the model does it few-shot, the rule for counting in headline means.
+
+    It does when its first token is right on `MIN_ACCURACY` of the prompts and its loss is at least `MIN_GAIN`
+    below the zero-shot one. Needs the zero_shot and few_shot rows on "test".
+    """
+    plain = rows(frame, on="test", mode="none")
+    loss = plain.pivot_table(index="task", columns="method", values="loss")
+    accuracy = rows(plain, method="few_shot").groupby("task")["accuracy"].mean()
+    right = accuracy >= MIN_ACCURACY
+    return (right & (loss["few_shot"] <= (1 - MIN_GAIN) * loss["zero_shot"])).rename("solved")
+
+
+def averages(
+    frame: pd.DataFrame, by: Sequence[str], value: str = "loss", zero: pd.DataFrame | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:  # fmt: skip
+    """Average over tasks for every combination of ``by``, with hierarchical bootstrap intervals.
+
+    Tasks are drawn with replacement, then prompts within each; every task weighs the same, and the seeds of
+    one are averaged first. ``value``: "loss" (nats), or "rel_loss", its relative change from the zero-shot
+    loss, which is taken from the zero_shot rows of ``zero`` (default: of ``frame``).
+
+    Returns columns ``by``, mean, low, high (95 % interval), tasks (their number), l0 (NaN: dense) and the
+    means of the other `MEASURES` that the frame has.
+    Raises ValueError if rows of one task differ in their prompts.
+    """
+    by = list(by)
+    cells = _cells(frame, by)
+    measures = [name for name in MEASURES if name in cells]
+    if cells.empty:
+        return pd.DataFrame(columns=[*by, "mean", "low", "high", "tasks", *measures])
+    order = cells[by].drop_duplicates().reset_index(drop=True)
+    index = cells.merge(order.reset_index(names="cell"), on=by, how="left")["cell"].to_numpy()
+    points, draws = _resample(cells, index, len(order), _zero(frame if zero is None else zero, value), seed)
+    low, high = _quantiles(draws)
+    tasks = (~np.isnan(points)).sum(axis=1)
+    found = order.assign(mean=np.nanmean(points, axis=1), low=low, high=high, tasks=tasks)
+    return found.join(cells[measures].groupby(index).mean())
+
+
+def compare(
+    first: pd.DataFrame, second: pd.DataFrame, value: str = "loss", zero: pd.DataFrame | None = None,
+    seed: int = 0,
+) -> Comparison:  # fmt: skip
+    """Bootstrap the paired difference ``first - second`` over the tasks that both frames have.
+
+    Each frame holds one selection: the rows of one task are seeds, and are averaged. ``value`` and ``zero``
+    as in `averages`.
+
+    Raises ValueError if the frames share no task, or differ in the prompts of one.
+    """
+    shared = set(first["task"]) & set(second["task"])
+    if not shared:
+        raise ValueError("The two selections share no task: nothing can be compared.")
+    both = pd.concat(
+        [part[part["task"].isin(shared)].assign(cell=i) for i, part in enumerate((first, second))],
+        ignore_index=True,
+    )
+    cells = _cells(both, ["cell"])
+    points, draws = _resample(cells, cells["cell"].to_numpy(), 2, _zero(zero, value), seed)
+    low, high = _quantiles((draws[0] - draws[1])[None])
+    by_task = pd.Series(points[0] - points[1], index=sorted(shared), name="difference")
+    return Comparison(float(by_task.mean()), float(low[0]), float(high[0]), by_task.sort_values())
+
+
+def choose(frame: pd.DataFrame, most: int | None = None) -> pd.DataFrame:
+    """Keep the best row of each method, task, layer, mode, seed and prompt set, of at most ``most`` latents.
+
+    Best by ``validation_loss``, never by a test loss; methods without one (pursuits) use all they may.
+    """
+    allowed = frame if most is None else frame[frame["l0"].notna() & (frame["l0"].fillna(most + 1) <= most)]
+    ranked = pd.DataFrame(
+        {
+            "validation": allowed["validation_loss"] if "validation_loss" in allowed else np.nan,
+            "size": -allowed["l0"].astype("Float64"),
+        },
+        index=allowed.index,
+    )
+    ranked = ranked.sort_values(["validation", "size"], kind="stable", na_position="last")
+    kept = allowed.loc[ranked.index].drop_duplicates(["method", "task", "layer", "mode", "seed", "on"])
+    return kept.sort_index()
+
+
+def best_layer(frame: pd.DataFrame, column: str = "validation_loss") -> int:
+    """Return the layer with the lowest mean of ``column`` over tasks, of those that have the most tasks."""
+    steered = frame[frame["layer"] >= 0]
+    grid = steered.pivot_table(index="layer", columns="task", values=column, aggfunc="mean")
+    measured = grid.notna().sum(axis=1)
+    return int(grid[measured == measured.max()].mean(axis=1).idxmin())
+
+
+def _cells(frame: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Average the seeds of each task prompt by prompt: one row per task and combination of ``by``."""
+    if frame["on"].nunique() > 1:
+        raise ValueError(f"Choose the prompts to average over: this frame mixes {sorted(set(frame['on']))}.")
+    lengths = frame["losses"].str.len()
+    if (mixed := lengths.groupby(frame["task"]).nunique().loc[lambda n: n > 1]).size:
+        raise ValueError(f"Rows of {mixed.index[0]} are of different numbers of prompts: run it again.")
+    keys = [*by, "task"]
+    codes = frame.groupby(keys, dropna=False, sort=True).ngroup().to_numpy()
+    measures = [name for name in MEASURES if name in frame]
+    cells = frame[keys].assign(_code=codes).drop_duplicates("_code").set_index("_code").sort_index()
+    cells[measures] = frame[measures].astype("Float64").groupby(codes).mean().astype(float)
+    losses, order = frame["losses"].to_list(), np.argsort(codes, kind="stable")
+    seeds = np.split(order, np.flatnonzero(np.diff(codes[order])) + 1) if len(order) else []
+    cells["losses"] = [np.mean([losses[i] for i in part], axis=0, dtype=float) for part in seeds]
+    return cells.reset_index(drop=True)
+
+
+def _zero(frame: pd.DataFrame | None, value: str) -> dict[str, np.ndarray] | None:
+    """Return the zero-shot losses of every task where ``value`` is relative to them."""
+    if value == "loss":
+        return None
+    if value != "rel_loss":
+        raise ValueError(f"value is 'loss' or 'rel_loss', not {value!r}.")
+    found = None if frame is None else rows(frame, method="zero_shot")
+    if found is None or found.empty:
+        raise ValueError("Relative losses need the zero_shot rows: pass the whole table as `zero`.")
+    return dict(_cells(found, [])[["task", "losses"]].itertuples(index=False))
+
+
+def _resample(cells, index, n_cells: int, zero, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the task means [cell, task] (NaN: not measured), and bootstrap means over tasks [cell, draw]."""
+    tasks = sorted(cells["task"].unique())
+    of = {task: part for task, part in cells.assign(_cell=index).groupby("task")}
+    sizes = tuple(len(of[task]["losses"].iloc[0]) for task in tasks)
+    counts, prompts = _weights(sizes, DRAWS, seed)
+    points = np.full((n_cells, len(tasks)), np.nan)
+    total, weight = np.zeros((n_cells, DRAWS)), np.zeros((n_cells, DRAWS))
+    for t, task in enumerate(tasks):
+        at, losses = of[task]["_cell"].to_numpy(), np.stack(of[task]["losses"].to_list())
+        means, drawn = losses.mean(1), losses @ prompts[t]
+        if zero is not None:
+            if len(zero[task]) != losses.shape[1]:
+                raise ValueError(f"{task}: the zero-shot losses are of other prompts; run it again.")
+            means, drawn = means / zero[task].mean() - 1, drawn / (zero[task] @ prompts[t]) - 1
+        points[at, t] = means
+        total[at] += counts[t] * drawn
+        weight[at] += counts[t]
+    with np.errstate(invalid="ignore"):
+        return points, total / weight  # NaN where a draw holds no task that the cell has
+
+
+@lru_cache(maxsize=4)
+def _weights(sizes: tuple[int, ...], draws: int, seed: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Draw how often each task enters [task, draw] and, per task, the share of each prompt [prompt, draw].
+
+    The same for every method, so that differences are paired. ``c`` resamples of the same ``n`` prompts are
+    one multinomial draw of ``c * n``.
+    """
+    rng = np.random.default_rng(seed)
+    counts = rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), size=draws).T
+    prompts = []
+    for n, drawn in zip(sizes, counts, strict=True):
+        trials = np.maximum(drawn, 1) * n
+        prompts.append(rng.multinomial(trials, np.full(n, 1 / n)).T / trials)
+    return counts, prompts
+
+
+def _quantiles(draws: np.ndarray) -> np.ndarray:
+    return np.nanquantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1)

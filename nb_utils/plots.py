@@ -1,0 +1,390 @@
+"""Figures: one colour per method and one line style per mode, everywhere in the book.
+
+Every function takes a tidy frame (of `tables.load` or `metrics.averages`) and ``ax=None``, draws, and returns
+the Axes. None shows or saves anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.legend import Legend
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from nb_utils import tasks
+
+# Okabe and Ito's palette for the methods that carry the story, Paul Tol's muted one for their siblings, greys
+# for references and controls. Lines are named at their ends: no colour has to carry its meaning alone.
+COLORS = {
+    "zero_shot": "#6E6E6E",
+    "few_shot": "#000000",
+    "task_vector": "#0072B2",
+    "centred": "#9CCBE8",
+    "centred_best_scale": "#56B4E9",
+    "learned_vector": "#332288",
+    "reconstruct": "#E69F00",
+    "vector_on_reconstruction": "#8C6510",
+    "gradient_pursuit": "#CC79A7",
+    "nonnegative_omp": "#882255",
+    "contrast_codes": "#44AA99",
+    "clean": "#009E73",
+    "clean_random_start": "#8FB996",
+    "prune_contrast": "#D55E00",
+    "prune_codes": "#E59A6B",
+    "top_k_projection": "#8A7F96",
+    "random_support": "#A9A9A9",
+    "matched_random": "#C2BCB0",
+}
+LABELS = {
+    "zero_shot": "zero-shot",
+    "few_shot": "few-shot",
+    "task_vector": "task vector",
+    "centred": "centred",
+    "centred_best_scale": "centred, best scale",
+    "learned_vector": "learned vector",
+    "reconstruct": "reconstruction",
+    "vector_on_reconstruction": "TV on reconstruction",
+    "gradient_pursuit": "gradient pursuit",
+    "nonnegative_omp": "non-negative OMP",
+    "contrast_codes": "contrast codes",
+    "clean": "cleaned",
+    "clean_random_start": "cleaned from random",
+    "prune_contrast": "pruned, contrast codes",
+    "prune_codes": "pruned, TV codes",
+    "top_k_projection": "top-k projection",
+    "random_support": "random atoms",
+    "matched_random": "random vector",
+}
+STYLES = {"add": "-", "replace": (0, (5, 2)), "none": (0, (1, 1.5))}
+UNITS = {"loss": "loss (nats, first 2 answer tokens)", "rel_loss": "loss, change from zero-shot"}
+GREW, SHRANK = COLORS["clean"], "#C8102E"
+INK, PALE = "#333333", "#E4E4E4"
+
+
+def use_style() -> None:
+    """Set matplotlib's defaults for the book: quiet axes, vector graphics, text at the size of the page."""
+    plt.rcParams.update(
+        {
+            "figure.figsize": (7.2, 4.2), "figure.dpi": 100, "figure.constrained_layout.use": True,
+            "font.size": 10, "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
+            "axes.labelsize": 10, "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK,
+            "xtick.color": INK, "ytick.color": INK, "xtick.labelsize": 9, "ytick.labelsize": 9,
+            "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8,
+            "axes.grid": True, "axes.grid.axis": "y", "grid.color": PALE, "grid.linewidth": 0.7,
+            "axes.axisbelow": True, "lines.linewidth": 1.8, "lines.markersize": 4.5, "legend.frameon": False,
+        }
+    )  # fmt: skip
+
+
+def label(method: str, k: object = None) -> str:
+    """Return the name of a method as readers see it, with its number of latents if it has one."""
+    name = LABELS.get(method, str(method).replace("_", " "))
+    return name if k is None or pd.isna(k) else f"{name} ({int(k)})"
+
+
+def title(task: str) -> str:
+    """Return the title of a shipped task, or its name in words."""
+    return tasks.load(task).title if task in tasks.names() else task.replace("_", " ")
+
+
+def loss_by_layer(
+    frame: pd.DataFrame, value: str = "loss", ax: Axes | None = None, labels: bool = True
+) -> Axes:
+    """Draw one line per method, mode (and k) over the layers, intervals as bands; layer -1 as level lines.
+
+    ``frame``: columns method, mode, layer, mean, and where known k, low, high (of `metrics.averages`).
+    """
+    ax = ax or plt.subplots()[1]
+    frame = frame.assign(k=frame["k"] if "k" in frame else pd.NA)
+    ends = _levels(ax, frame[frame["layer"] < 0])
+    swept = frame[frame["layer"] >= 0]
+    modes = swept["mode"].nunique()
+    for (method, mode, k), line in _lines(swept):
+        line = line.sort_values("layer")
+        _band(ax, line["layer"], line, method)
+        ax.plot(
+            line["layer"],
+            line["mean"],
+            color=_color(method),
+            ls=STYLES[mode],
+            marker="o",
+            mec="white",
+            mew=0.6,
+        )
+        name = label(method, k) + (f", {mode}" if modes > 1 else "")
+        ends.append((line["layer"].iloc[-1], line["mean"].iloc[-1], name, _color(method)))
+    if not swept.empty:
+        ax.set_xticks(sorted(swept["layer"].unique()))
+    ax.set(xlabel="layer (output of block)", ylabel=UNITS.get(value, value))
+    if labels:
+        _label_ends(ax, ends)
+    return ax
+
+
+def loss_vs_l0(frame: pd.DataFrame, value: str = "loss", ax: Axes | None = None, labels: bool = True) -> Axes:
+    """Draw loss against the number of latents (log axis): one path per method; dense methods as level lines.
+
+    ``frame``: columns method, mode, l0 (NaN: dense), mean, and where known low, high (of `metrics.averages`).
+    """
+    ax = ax or plt.subplots()[1]
+    dense = frame["l0"].isna()
+    ends = _levels(ax, frame[dense])
+    sparse = frame[~dense].assign(k=pd.NA)
+    for (method, mode, _), line in _lines(sparse):
+        line = line.sort_values("l0")
+        _band(ax, line["l0"].astype(float), line, method)
+        ax.plot(
+            line["l0"].astype(float),
+            line["mean"],
+            color=_color(method),
+            ls=STYLES[mode],
+            marker="o",
+            mec="white",
+            mew=0.6,
+        )
+        ends.append((line["l0"].iloc[-1], line["mean"].iloc[-1], label(method), _color(method)))
+    ax.set_xscale("log")
+    if not sparse.empty:
+        low, high = float(sparse["l0"].min()), float(sparse["l0"].max())
+        ticks = [
+            t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if low / 1.6 <= t <= high * 1.6
+        ]
+        ax.set_xticks(ticks, [f"{t}" for t in ticks])
+        ax.xaxis.set_minor_locator(NullLocator())
+    ax.set(xlabel="active latents (L0, log scale)", ylabel=UNITS.get(value, value))
+    if labels:
+        _label_ends(ax, ends)
+    return ax
+
+
+def lambda_path(frame: pd.DataFrame, value: str = "loss", ax: Axes | None = None) -> Axes:
+    """Draw loss ("loss", "rel_loss") or "l0" against the penalty of cleaning (log axis, 0 at its left end).
+
+    ``frame``: columns method, penalty, mean, l0, and where known low, high (of `metrics.averages`). Methods
+    without a penalty are level lines.
+    """
+    ax = ax or plt.subplots()[1]
+    y = "l0" if value == "l0" else "mean"
+    swept = frame[frame["penalty"].notna()].sort_values("penalty")
+    positive = swept.loc[swept["penalty"] > 0, "penalty"]
+    swept = swept.assign(at=np.log10(swept["penalty"].where(swept["penalty"] > 0, positive.min() / 4)))
+    plain = frame[frame["penalty"].isna() & frame[y].notna()]
+    ends = _levels(ax, plain.assign(mean=plain[y]))
+    for method, line in swept.groupby("method", sort=False):
+        if value != "l0":
+            _band(ax, line["at"], line, method)
+        ax.plot(line["at"], line[y].astype(float), color=_color(method), marker="o", mec="white", mew=0.6)
+        ends.append((line["at"].iloc[-1], line[y].iloc[-1], label(method), _color(method)))
+    ticks = dict(zip(swept["penalty"], swept["at"], strict=True))
+    ax.set_xticks(list(ticks.values()), [f"{penalty:g}" for penalty in ticks])
+    ax.set_xlabel("penalty λ (nats at the starting L1)")
+    ax.set_ylabel("active latents (L0)" if value == "l0" else UNITS.get(value, value))
+    if value == "l0":
+        ax.set_ylim(bottom=0)
+    _label_ends(ax, ends)
+    return ax
+
+
+def task_heatmap(
+    frame: pd.DataFrame, value: str = "rel_loss", ax: Axes | None = None, flagged: tuple[str, ...] = ()
+) -> Axes:
+    """Draw tasks x methods as a diverging heat map, numbers in the cells; blue is below zero-shot.
+
+    ``frame``: one row per task and method (seeds are averaged), columns in the order of appearance.
+    ``flagged`` tasks stand below a line, in grey.
+    """
+    order = list(dict.fromkeys(frame["method"]))
+    grid = frame.pivot_table(index="task", columns="method", values=value, aggfunc="mean")[order]
+    counted = grid.drop(index=[t for t in flagged if t in grid.index])
+    counted = counted.loc[counted.mean(axis=1).sort_values().index]
+    below = grid.loc[[t for t in flagged if t in grid.index]]
+    grid = pd.concat([counted, below])
+    if ax is None:
+        ax = plt.subplots(figsize=(2.2 + 0.72 * len(order), 1.5 + 0.27 * len(grid)))[1]
+    bound = max(np.nanmax(np.abs(np.clip(grid.to_numpy(), None, 1.0)), initial=0.0), 0.1)
+    ax.imshow(grid, cmap="RdBu_r", norm=TwoSlopeNorm(0, -bound, bound), aspect="auto")
+    for (i, j), number in np.ndenumerate(grid.to_numpy()):
+        if np.isfinite(number):
+            pale = abs(number) > 0.62 * bound
+            ax.text(
+                j, i, _signed(number), ha="center", va="center", fontsize=8, color="white" if pale else INK
+            )
+    ax.set_yticks(range(len(grid)), [title(task) for task in grid.index])
+    for tick, task in zip(ax.get_yticklabels(), grid.index, strict=True):
+        tick.set_color("#888888" if task in flagged else INK)
+    if len(below) and len(counted):
+        ax.axhline(len(counted) - 0.5, color=INK, lw=1.5)
+    ax.set_xticks(
+        range(len(order)), [label(m) for m in order], rotation=40, ha="left", rotation_mode="anchor"
+    )
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0)
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    return ax
+
+
+def feature_weights(frame: pd.DataFrame, ax: Axes | None = None, most: int = 40) -> Axes:
+    """Draw weights of latents before cleaning (blue) and after, each set divided by its largest size.
+
+    Green bars weigh more after than before, red ones less; latents that survive are named. ``frame``: latent,
+    before, after, of one vector. The ``most`` largest before are shown, and every survivor.
+    """
+    ax = ax or plt.subplots(figsize=(7.2, 2.6))[1]
+    shown = pd.DataFrame(
+        {
+            "latent": frame["latent"],
+            **{side: _share(frame[side].astype(float)) for side in ("before", "after")},
+        }
+    )
+    order = shown["before"].abs().rank(ascending=False, method="first")
+    shown = shown[(order <= most) | (shown["after"] != 0)]
+    shown = shown.loc[shown["before"].abs().sort_values(ascending=False, kind="stable").index]
+    x = np.arange(len(shown))
+    ax.bar(x, shown["before"], width=0.95, color=COLORS["task_vector"], alpha=0.45, lw=0)
+    grew = shown["after"].abs() > shown["before"].abs()
+    ax.bar(x, shown["after"], width=0.5, color=np.where(grew, GREW, SHRANK), lw=0)
+    alive = (shown["after"] != 0).to_numpy()
+    for i in np.flatnonzero(alive) if alive.sum() <= 25 else ():
+        after, before = shown["after"].iloc[i], shown["before"].iloc[i]
+        top = max(after, before, 0) if after >= 0 else min(after, before, 0)
+        ax.annotate(
+            f"{shown['latent'].iloc[i]}", (i, top), (0, 3 if after >= 0 else -3), textcoords="offset points",
+            rotation=90, ha="center", va="bottom" if after >= 0 else "top", fontsize=7,
+        )  # fmt: skip
+    ax.axhline(0, color=INK, lw=0.8)
+    ax.margins(x=0.01, y=0.22)
+    ax.set_xticks([])
+    ax.set(xlabel="latents, by weight before", ylabel="weight / largest")
+    return ax
+
+
+def accuracy_dots(frame: pd.DataFrame, ax: Axes | None = None, value: str = "accuracy") -> Axes:
+    """Draw one row of dots per task, one dot per method, tasks in the order of the last method's value.
+
+    ``frame``: one row per task and method (seeds are averaged).
+    """
+    order = list(dict.fromkeys(frame["method"]))
+    grid = frame.pivot_table(index="task", columns="method", values=value, aggfunc="mean")[order]
+    grid = grid.sort_values(order[-1])
+    if ax is None:
+        ax = plt.subplots(figsize=(7.2, 1.2 + 0.24 * len(grid)))[1]
+    y = np.arange(len(grid))
+    ax.hlines(y, grid.min(axis=1), grid.max(axis=1), color=PALE, lw=2.5)
+    for method in order:
+        ax.plot(
+            grid[method],
+            y,
+            "o",
+            color=_color(method),
+            ms=6.5,
+            mec="white",
+            mew=0.7,
+            clip_on=False,
+            label=label(method),
+        )
+    ax.set_yticks(y, [title(task) for task in grid.index])
+    ax.set(xlim=(0, 1), ylim=(-0.7, len(grid) - 0.3), xlabel="right first answer tokens")
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.0%}"))
+    ax.grid(axis="x")
+    ax.grid(visible=False, axis="y")
+    ax.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=len(order),
+        handletextpad=0.1,
+        columnspacing=1.2,
+        borderaxespad=0.2,
+    )
+    return ax
+
+
+def method_legend(figure: Figure, methods: Sequence[str]) -> Legend:
+    """Name the methods once above a figure of many panels, where their lines have no room for it."""
+    style = {"zero_shot": STYLES["none"], "few_shot": STYLES["none"]}
+    handles = [Line2D([], [], color=_color(method), ls=style.get(method, "-")) for method in methods]
+    return figure.legend(handles, [label(m) for m in methods], loc="outside upper left", ncols=5, fontsize=8)
+
+
+def _color(method: str) -> str:
+    return COLORS.get(method, "#B8860B")
+
+
+def _lines(frame: pd.DataFrame):
+    return frame.groupby(["method", "mode", "k"], sort=False, dropna=False)
+
+
+def _levels(ax: Axes, frame: pd.DataFrame) -> list[tuple]:
+    """Draw methods that have no place on the x axis as level lines; return what to write at their ends."""
+    ends = []
+    for row in frame.itertuples():
+        ax.axhline(row.mean, color=_color(row.method), ls=STYLES["none"], lw=1.4, zorder=1)
+        ends.append((None, row.mean, label(row.method), _color(row.method)))
+    return ends
+
+
+def _band(ax: Axes, x, line: pd.DataFrame, method: str) -> None:
+    if {"low", "high"} <= set(line):
+        low, high = line["low"].astype(float), line["high"].astype(float)
+        ax.fill_between(x, low, high, color=_color(method), alpha=0.13, lw=0)
+
+
+def _label_ends(ax: Axes, ends: list[tuple]) -> None:
+    """Write names at the right of the axes, each as near to the height of its line's end as there is room."""
+    if not ends:
+        return
+    ax.figure.canvas.draw()  # the layout decides how high a line of text is in units of the axes
+    line_height = 11.5 / (ax.get_window_extent().height * 72 / ax.figure.dpi)
+    ends = sorted(ends, key=lambda end: end[1])
+    low, high = ax.get_ylim()
+    heights = _spread([(y - low) / (high - low) for _, y, _, _ in ends], line_height)
+    for height, (x, y, name, color) in zip(heights, ends, strict=True):
+        ax.annotate(
+            name,
+            (1, y) if x is None else (x, y),
+            (1.03, height),
+            xycoords=ax.get_yaxis_transform() if x is None else "data",
+            textcoords="axes fraction",
+            color=_dark(color),
+            fontsize=8.5,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.6, "shrinkA": 1, "shrinkB": 3},
+        )
+
+
+def _spread(wanted: list[float], need: float) -> list[float]:
+    """Move sorted heights apart by at least ``need``, as little as possible on the whole."""
+    groups = []  # (sum of wanted - offset, count): neighbours that touch move as one
+    for height in wanted:
+        groups.append([height, 1])
+        while len(groups) > 1:
+            (a, m), (b, n) = groups[-2:]
+            if b / n - a / m >= need * (m + n) / 2:
+                break
+            groups[-2:] = [[a + b, m + n]]
+    return [total / n + need * (i - (n - 1) / 2) for total, n in groups for i in range(n)]
+
+
+def _share(weights: pd.Series) -> pd.Series:
+    largest = weights.abs().max()
+    return weights / largest if largest else weights
+
+
+def _signed(number: float) -> str:
+    return f"{number:+.2f}".replace("-", "−").replace("0.", ".")
+
+
+def _dark(color: str) -> str:
+    """Darken a colour until text in it can be read on white."""
+    rgb = np.array(plt.matplotlib.colors.to_rgb(color))
+    while rgb @ (0.299, 0.587, 0.114) > 0.5:
+        rgb = rgb * 0.9
+    return plt.matplotlib.colors.to_hex(rgb)

@@ -1,0 +1,176 @@
+"""Tables of results: one tidy parquet file a task, with its provenance inside.
+
+results/tables/<experiment>/<model>/<task>.parquet
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import uuid
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = "results/tables"
+MODEL = "gemma-3-270m"
+PACKAGES = ("numpy", "sae-lens", "torch", "transformer-lens", "transformers")
+# Modules that cannot change a measurement: the hash of the code leaves them out.
+AFTER_MEASURING = ("__init__", "metrics", "plots", "runs", "tables")
+PROVENANCE = b"provenance"
+
+# Columns that would come out differently from task to task (a column of NaN only, a column without NA).
+DTYPES = {
+    "task": "str", "layer": "int64", "method": "str", "mode": "str", "k": "Int64", "scale": "float64",
+    "l0": "Int64", "penalty": "float64", "seed": "int64", "on": "str", "loss": "float64",
+    "token_loss": "float64", "accuracy": "float64", "exact": "float64", "rel_loss": "float64", "n": "int64",
+    "d_ntp": "float64", "train_loss": "float64", "validation_loss": "float64", "step": "Int64",
+    "seconds": "float64", "latent": "int32", "before": "float32", "after": "float32",
+}  # fmt: skip
+
+
+class TableError(ValueError):
+    """A table that is not there, is damaged or cannot be written; the message says what to do."""
+
+
+def provenance(
+    parameters: Mapping[str, object], model_sha256: str, sae_sha256: Mapping[int, str]
+) -> dict[str, object]:
+    """Collect what a table depends on: same in, same out (no date, no machine).
+
+    ``parameters``: the notebook's, as JSON values. ``sae_sha256``: {layer: hash of the SAE's weights}. Adds
+    the versions of Python and of the packages that compute, and ``code``, a hash of our modules that do.
+    """
+    return {
+        "parameters": dict(parameters),
+        "model_sha256": model_sha256,
+        "sae_sha256": {str(layer): sae_sha256[layer] for layer in sorted(sae_sha256)},
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "code": code(),
+    }
+
+
+def code() -> str:
+    """Hash the modules that compute: a table with another ``code`` was made by an older or newer version."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path.stem not in AFTER_MEASURING:
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def save(
+    frame: pd.DataFrame, stem: str, name: str, provenance: Mapping[str, object],
+    folder: str | Path | None = None, model: str = MODEL,
+) -> Path:  # fmt: skip
+    """Write one table whole or not at all, and return its path.
+
+    It is written beside its place under a name of its own, then moved: a full disk or a kill leaves an older
+    table intact. Columns of `DTYPES` get these types; ``losses`` becomes a list of float32 a row.
+    ``folder``: a relative one is below the project root (None: that of NB_TABLES, or results/tables).
+
+    Raises TableError if the table cannot be written.
+    """
+    path = _place(stem, model, folder) / f"{name}.parquet"
+    frame = frame.astype({column: kind for column, kind in DTYPES.items() if column in frame})
+    if "losses" in frame:
+        frame["losses"] = [np.asarray(losses, np.float32) for losses in frame["losses"]]
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    table = table.replace_schema_metadata(
+        {**(table.schema.metadata or {}), PROVENANCE: json.dumps(dict(provenance), sort_keys=True).encode()}
+    )
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with scratch.open("wb") as stream:
+            pq.write_table(table, stream, compression="zstd")
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(scratch, path)
+    except OSError as error:
+        raise TableError(
+            f"{path} could not be written ({error.strerror or error}): make room or give another folder, "
+            "then run again; an older table is intact."
+        ) from error
+    finally:
+        scratch.unlink(missing_ok=True)
+    return path
+
+
+def load(
+    stem: str, model: str = MODEL, folder: str | Path | None = None, columns: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """Read all tasks of an experiment into one frame, in the order of their names.
+
+    A table that has no tasks (``<stem>/<model>.parquet``) is read alike. ``columns``: only these.
+
+    Raises TableError, saying what to run, if there are none or one is damaged.
+    """
+    place = _place(stem, model, folder)
+    single = place.with_name(f"{place.name}.parquet")
+    paths = [single] if single.is_file() else _paths(place)
+    if not paths:
+        raise TableError(
+            f"There are no tables of {stem} for {model} in {place.parent}: `make book` measures three tasks, "
+            "`make report` all of them."
+        )
+    frames = [_read(path, columns).to_pandas() for path in paths]
+    return pd.concat(frames, ignore_index=True)
+
+
+def names(stem: str, model: str = MODEL, folder: str | Path | None = None) -> list[str]:
+    """List the tasks that have a table of this experiment, in alphabetical order."""
+    return [path.stem for path in _paths(_place(stem, model, folder))]
+
+
+def read_provenance(path: str | Path) -> dict[str, object]:
+    """Return what a table was saved with.
+
+    Raises TableError if the file is missing, damaged or carries no provenance.
+    """
+    path = Path(path)
+    found = (_checked(pq.read_schema, path).metadata or {}).get(PROVENANCE)
+    if found is None:
+        raise TableError(f"{path} carries no provenance: delete it, then run its experiment again.")
+    return json.loads(found)
+
+
+def _place(stem: str, model: str, folder: str | Path | None) -> Path:
+    if folder is None:
+        folder = os.environ.get("NB_TABLES") or FOLDER
+    return ROOT / folder / stem / model.replace("/", "--")  # a hub name has a slash, a folder must not
+
+
+def _paths(place: Path) -> list[Path]:
+    return sorted(place.glob("*.parquet"))
+
+
+def _read(path: Path, columns: Sequence[str] | None) -> pa.Table:
+    return _checked(lambda found: pq.read_table(found, columns=columns, partitioning=None), path)
+
+
+def _checked(reader, path: Path):
+    try:
+        return reader(path)
+    except FileNotFoundError:
+        raise TableError(f"There is no table {path}: run its experiment (`make report` runs all).") from None
+    except (pa.ArrowException, OSError) as error:
+        raise TableError(
+            f"{path} is damaged ({' '.join(str(error).split())[:120]}): delete it, then run `make report` or "
+            "take it from git again."
+        ) from error
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

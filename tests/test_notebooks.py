@@ -1,0 +1,113 @@
+"""Laws of the stored notebooks, and every experiment run on the tiny model."""
+
+import ast
+import re
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+import yaml
+
+from nb_utils import runs
+
+ROOT = Path(__file__).resolve().parents[1]
+EXPERIMENTS = sorted((ROOT / "book/experiments").glob("*.ipynb"))
+FINDINGS = sorted((ROOT / "book/findings").glob("*.ipynb"))
+COMMON = ("task", "model", "sae_set", "layers", "tables_dir")
+# A tiny run of every experiment: the parameters that all share, and sizes for those that an experiment has.
+TINY = {"task": "antonyms", "model": "tiny", "sae_set": "random", "layers": "2,3"}
+SIZES = {
+    "n_prompts": 4, "n_shots": 4, "n_train": 8, "n_validation": 6, "n_test": 8, "n_sentences": 4, "seeds": 2,
+    "atoms": "2,4,8", "penalties": "1,3", "sizes": "8,4,2", "steps": 6, "steps_a_stage": 2,
+}  # fmt: skip
+# Prose is held to paths too: this finds /home/me, C:\Users and ~/, not a fraction or a route.
+ABSOLUTE = re.compile(r"(?<![\w.:/])/(?:home|root|Users|tmp|work|mnt|data|opt|var)/|[A-Z]:\\\\|(?<!\w)~/")
+
+
+def name(path):
+    return f"{path.parent.name}/{path.stem}"
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+every_notebook = pytest.mark.parametrize("path", EXPERIMENTS + FINDINGS, ids=name)
+every_experiment = pytest.mark.parametrize("path", EXPERIMENTS, ids=name)
+
+
+def test_each_experiment_has_its_finding_and_its_place_in_the_workflow():
+    stems = [path.stem for path in EXPERIMENTS]
+    assert stems, "there are no experiments"
+    assert set(stems) <= {path.stem for path in FINDINGS}
+    snakefile = (ROOT / "workflow/Snakefile").read_text()
+    assert re.findall(r'^    "(\d\d_\w+)",$', snakefile, re.MULTILINE) == stems
+
+
+@every_notebook
+def test_a_stored_notebook_is_valid_and_clean(path):
+    notebook = read(path)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert not cell.outputs and cell.execution_count is None, f"{cell.id}: clear the outputs"
+    assert set(notebook.metadata) <= {"kernelspec", "language_info"}
+    assert notebook.metadata.kernelspec.name == "python3"
+
+
+@every_notebook
+def test_a_notebook_has_one_title_and_it_comes_first(path):
+    cells = read(path).cells
+    prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    assert re.findall(r"^# .+", prose, re.MULTILINE) == [cells[0].source.splitlines()[0]]
+
+
+@every_notebook
+def test_cells_have_readable_names_and_at_most_25_lines(path):
+    for cell in read(path).cells:
+        assert re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", cell.id) and not re.fullmatch("[0-9a-f]{8,}", cell.id)
+        assert cell.cell_type == "markdown" or len(cell.source.splitlines()) <= 25, cell.id
+
+
+@every_notebook
+def test_a_notebook_holds_no_absolute_path_star_import_or_path_edit(path):
+    for cell in read(path).cells:
+        assert not ABSOLUTE.search(cell.source), f"{cell.id}: absolute path"
+        if cell.cell_type == "code":
+            assert "sys.path" not in cell.source and "autoreload" not in cell.source, cell.id
+            source = "\n".join(line for line in cell.source.splitlines() if not line.startswith(("%", "!")))
+            for node in ast.walk(ast.parse(source)):
+                assert not (isinstance(node, ast.ImportFrom) and node.names[0].name == "*"), cell.id
+
+
+@pytest.mark.parametrize("path", FINDINGS, ids=name)
+def test_a_finding_reads_tables_and_never_imports_torch(path):
+    source = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "code")
+    assert not re.search(r"\b(torch|transformer_lens|sae_lens)\b", source)
+    assert "tables" in source
+
+
+@every_experiment
+def test_parameters_come_first_and_are_flat_scalars(path):
+    first = next(cell for cell in read(path).cells if cell.cell_type == "code")
+    assert first.metadata.get("tags") == ["parameters"]
+    defaults = runs.known_parameters(path)
+    assert set(COMMON) <= set(defaults)
+    assert all(isinstance(value, str | int | float | bool) for value in defaults.values())
+
+
+@every_experiment
+def test_settings_of_the_workflow_name_only_known_parameters(path):
+    for size in ("book", "report"):
+        settings = yaml.safe_load((ROOT / f"workflow/{size}.yaml").read_text())
+        assert set(settings["parameters"].get(path.stem, {})) <= set(runs.known_parameters(path))
+
+
+@every_experiment
+def test_an_experiment_runs_on_the_tiny_model_and_saves_its_table(path, tmp_path):
+    small = {key: value for key, value in SIZES.items() if key in runs.known_parameters(path)}
+    runs.execute(path, TINY | small | {"tables_dir": str(tmp_path)}, tmp_path / "run.ipynb", tmp_path / "run.log")
+    table = pd.read_parquet(tmp_path / path.stem / "tiny/antonyms.parquet")
+    assert set(table["layer"]) - {-1} == {2, 3}
+    assert set(table["task"]) == {"antonyms"}
