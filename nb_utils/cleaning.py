@@ -117,7 +117,8 @@ def prune_with_refit(
             signed = weights * unit * kept
             return signed, signed @ sae.W_dec, torch.zeros(len(signed), device=signed.device)
 
-        checks = [c for c in _descend(problem, [weights], decode, lr, steps, check_every, step) if c.validation is not None]
+        run = _descend(problem, [weights], decode, lr, steps, check_every, step)
+        checks = [check for check in run if check.validation is not None]
         step += steps
         best = [_kept(checks, i) for i in range(len(codes))]
         for path, result in zip(paths, best, strict=True):
@@ -127,7 +128,8 @@ def prune_with_refit(
 
 
 def refit(
-    problem: Problem, sae: Sae, start: Float[Tensor, "n d_sae"], lr: float = 0.05, steps: int = 60, check_every: int = 10
+    problem: Problem, sae: Sae, start: Float[Tensor, "n d_sae"], lr: float = 0.05, steps: int = 60,
+    check_every: int = 10,
 ) -> list[Cleaned]:
     """Tune the weights of a frozen support without penalty: the same atoms, their best weights."""
     k = int((start != 0).sum(1).max())
@@ -164,7 +166,8 @@ class _Check:
 
 
 def _descend(
-    problem: Problem, parameters: list[Tensor], decode: Callable, lr: float, steps: int, check_every: int, first: int = 0
+    problem: Problem, parameters: list[Tensor], decode: Callable, lr: float, steps: int, check_every: int,
+    first: int = 0,
 ) -> Iterator[_Check]:
     """Run Adam on all rows at once, yielding the state before every step and after the last.
 
@@ -174,7 +177,7 @@ def _descend(
     for step in range(steps + 1):
         codes, vectors, penalty = decode()
         due = step % check_every == 0 or step == steps
-        train = problem.train_loss(vectors, first + step) if step < steps else problem.train_loss(vectors.detach(), first + step)
+        train = problem.train_loss(vectors if step < steps else vectors.detach(), first + step)
         yield _Check(
             step, None if codes is None else codes.detach(), vectors.detach(), train.detach(),
             problem.validation_loss(vectors.detach()) if due else None, penalty.detach(),

@@ -69,7 +69,7 @@ def _pursuit(at, layer, sae, k, algorithm) -> Codes:
 
 
 def top_k_projection(at: Separators, layer: int, sae: Sae, k: int | None = 40) -> Codes:
-    """Take the ``k`` atoms that the TV projects on most, with least-squares weights: a control for the choice of atoms."""
+    """Take the ``k`` atoms that the TV projects on most, with least-squares weights: a control for their choice."""
     target = task_vector(at, layer)
     support = (sae.decoder_directions @ (target - sae.b_dec)).topk(k).indices
     return _least_squares(target, support, sae)

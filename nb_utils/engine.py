@@ -118,11 +118,12 @@ class Site:
             for handle in handles:
                 handle.remove()
         as_tensor = lambda values: torch.tensor(values, device=device)  # noqa: E731
-        return cls(
-            model, tuple(prompts), frozen, tuple(kwargs), tuple(residual), as_tensor(rows).T, as_tensor(labels), as_tensor(place)
-        )
+        targets = as_tensor(rows).T, as_tensor(labels), as_tensor(place)
+        return cls(model, tuple(prompts), frozen, tuple(kwargs), tuple(residual), *targets)
 
-    def hidden(self, vectors: Float[Tensor, "n d_model"], layer: int, mode: str = "add") -> Float[Tensor, "n n_labels d_model"]:
+    def hidden(
+        self, vectors: Float[Tensor, "n d_model"], layer: int, mode: str = "add"
+    ) -> Float[Tensor, "n n_labels d_model"]:
         """Return what the unembedding reads at every answer position, with each vector applied after block ``layer``.
 
         ``mode``: "add" to the residual stream at the steered position, or "replace" it. Differentiable in ``vectors``.
@@ -133,7 +134,8 @@ class Site:
         n, (batch, suffix, d_model) = len(vectors), base.shape
         v = vectors.to(base.dtype)[:, None, :].expand(n, batch, d_model)
         first = base[:, 0] + v if mode == "add" else v
-        stream = torch.cat([first[:, :, None], base[:, 1:].expand(n, -1, -1, -1)], dim=2).reshape(n * batch, suffix, d_model)
+        stream = torch.cat([first[:, :, None], base[:, 1:].expand(n, -1, -1, -1)], dim=2)
+        stream = stream.reshape(n * batch, suffix, d_model)
         core = self.model.hf.model
         for block, kwargs in zip(core.layers[layer + 1 :], self.kwargs[layer + 1 :], strict=True):
             stream = _stream(block(stream, **{**_copies(kwargs, batch, n), "past_key_values": self.frozen}))
@@ -274,7 +276,7 @@ def residuals(model: Model, prompts, positions, layers, batch: int = 16) -> dict
         column = torch.tensor([c for spot in spots for c in spot])
         handles = []
         for layer in layers:
-            def keep(_, args, out, layer=layer):
+            def keep(_, args, out, layer=layer, row=row, column=column):
                 kept[layer].append(_stream(out)[row, column])
                 if layer == max(layers):
                     raise _Enough

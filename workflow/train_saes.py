@@ -66,7 +66,8 @@ class Sae:
         optimizer = torch.optim.Adam(trained, betas=(0.9, 0.999), fused=True)
         if "adam.0.step" in state:
             for i, parameter in enumerate(trained):
-                optimizer.state[parameter] = {key: state[f"adam.{i}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+                moments = ("step", "exp_avg", "exp_avg_sq")
+                optimizer.state[parameter] = {key: state[f"adam.{i}.{key}"] for key in moments}
         return cls(**own, optimizer=optimizer)
 
     def state(self):
@@ -77,7 +78,7 @@ class Sae:
 
     @torch.no_grad()
     def step(self, x, k, lr, rng):
-        """Learn one batch ``x`` [batch, d_in] (raw activations); return (fraction of variance unexplained, dead share)."""
+        """Learn one batch ``x`` [batch, d_in] of raw activations; return (variance unexplained, dead share)."""
         x = (x.float() - self.mean) * self.scale
         x16, encoder, decoder = x.bfloat16(), self.encoder.bfloat16(), self.decoder.bfloat16()
         pre = x16 @ encoder.T + self.b_enc.bfloat16()
@@ -210,7 +211,8 @@ def save(saes, args, tokens, model, corpus_sha256):
             | {"topk_threshold": folded["threshold"][0].double()}
         )
         meta = trained.cfg.metadata
-        meta.model_name, meta.hook_name = models.EMBEDDED[args.model].hub_name if args.model in models.EMBEDDED else args.model, hook
+        embedded = models.EMBEDDED.get(args.model)
+        meta.model_name, meta.hook_name = embedded.hub_name if embedded else args.model, hook
         meta.sae_lens_version = meta.sae_lens_training_version = __version__
         meta.training_tokens, meta.context_size, meta.prepend_bos = tokens, CONTEXT, True
         meta.model_sha256, meta.corpus_sha256, meta.icl_share = model.sha256, corpus_sha256, args.icl_share
@@ -252,9 +254,10 @@ def main():
     model = models.load(args.model, dtype=torch.bfloat16)
     del model.hf.model.layers[max(layers) + 1 :]
     stream = token_stream(model.tokenizer, "train", corpus)
-    n_chunks = math.ceil(args.tokens / (CHUNK * (CONTEXT - 1)))
+    n_chunks = math.ceil(args.tokens / CHUNK / (CONTEXT - 1))
     steps_a_chunk = CHUNK * (CONTEXT - 1) // BATCH
-    print(f"{len(stream):,} tokens of text; {n_chunks} chunks of {CHUNK * (CONTEXT - 1):,}; layers {layers}", flush=True)
+    chunk = CHUNK * (CONTEXT - 1)  # BOS is not trained on
+    print(f"{len(stream):,} tokens of text; {n_chunks} chunks of {chunk:,}; layers {layers}", flush=True)
 
     checkpoint = cache_dir() / "training" / f"{args.model}.{args.d_sae}.{'-'.join(map(str, layers))}.safetensors"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -287,7 +290,8 @@ def main():
                 fvu, dead = saes[layer].step(x[order[step * BATCH : (step + 1) * BATCH]], args.k, lr, rng)
             report.append(f"L{layer} {fvu:.3f}/{dead:.2f}")
         speed = CHUNK * (CONTEXT - 1) / (time.time() - started)
-        print(f"{index + 1}/{n_chunks} {speed:.0f} tok/s (harvest {harvested - started:.0f} s) FVU/dead {' '.join(report)}", flush=True)
+        pace = f"{speed:.0f} tok/s (harvest {harvested - started:.0f} s)"
+        print(f"{index + 1}/{n_chunks} {pace} FVU/dead {' '.join(report)}", flush=True)
         if time.time() - saved > 60 * args.checkpoint_minutes or index + 1 == n_chunks:
             state = {f"{layer}.{key}": value for layer, sae in saes.items() for key, value in sae.state().items()}
             save_file(state | {"done": torch.tensor(index + 1)}, checkpoint.with_suffix(".part"))

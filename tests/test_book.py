@@ -1,0 +1,135 @@
+"""The pages: a strict build of the book, and what a browser makes of it."""
+
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_markdown_cell, new_notebook
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("_config.yml", "_toc.yml", "book", "nb_utils", "results/tables", "data", "saes")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+RUN = "results/runs/02_cleanup/gemma-3-270m"
+
+
+def stub(path, title):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(new_notebook(cells=[new_markdown_cell(f"# {title}")]), path)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """Build a copy of the book, with one finished run, one failed and one killed; return the HTML folder."""
+    home = tmp_path_factory.mktemp("book")
+    for part in PARTS:
+        if (ROOT / part).is_dir():
+            (home / part).parent.mkdir(parents=True, exist_ok=True)
+            (home / part).symlink_to(ROOT / part) if part == "saes" else shutil.copytree(ROOT / part, home / part)
+        elif (ROOT / part).exists():
+            shutil.copy(ROOT / part, home / part)
+    stub(home / RUN / "antonyms.ipynb", "Cleanup: antonyms")
+    stub(home / RUN / "en_es.failed.ipynb", "Cleanup, failed")
+    stub(home / RUN / ".en_it.x7k2.ipynb", "Cleanup, killed")
+    command = [Path(sys.executable).with_name("jupyter-book"), "build", home, "--all", "-W", "-n", "--keep-going"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr)[-4000:]
+    return home / "_build/html"
+
+
+@pytest.fixture(scope="session")
+def pages(built):
+    return [path for path in sorted(built.rglob("*.html")) if "_static" not in path.parts]
+
+
+class Assets(HTMLParser):
+    """Collect what a page loads by itself (a link that one clicks is not loaded)."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag in ("script", "img", "iframe", "source", "video", "audio"):
+            self.found.append(attributes.get("src") or "")
+        elif tag == "link" and attributes.get("rel") not in ("canonical", "next", "prev", "search", "index"):
+            self.found.append(attributes.get("href") or "")
+
+
+def assets(page):
+    parser = Assets()
+    parser.feed(page.read_text())
+    return parser.found
+
+
+def test_the_strict_build_has_every_page_of_the_contents(built):
+    for page in re.findall(r"(?:file|root): (\S+)", (ROOT / "_toc.yml").read_text()):
+        assert (built / f"{page}.html").exists(), page
+
+
+def test_only_finished_runs_become_pages(built):
+    assert [path.name for path in (built / RUN).glob("*.html")] == ["antonyms.html"]
+
+
+def test_pages_load_nothing_from_outside(pages):
+    for page in pages:
+        assert not [asset for asset in assets(page) if re.match(r"(https?:)?//", asset)], page
+
+
+def test_everything_that_a_page_loads_is_in_the_book(pages):
+    for page in pages:
+        for asset in assets(page):
+            if asset and not asset.startswith("data:"):
+                assert (page.parent / asset.split("?")[0].split("#")[0]).exists(), f"{page}: {asset}"
+
+
+def test_style_sheets_load_nothing_from_outside(built):
+    for sheet in built.rglob("*.css"):
+        assert not re.search(r"(url\(|@import)\s*['\"]?(https?:)?//", sheet.read_text()), sheet
+
+
+def test_figures_have_a_text_for_those_who_cannot_see_them(pages):
+    for page in pages:
+        for image in re.findall(r"<img [^>]*>", page.read_text()):
+            assert re.search(r'alt="[^"]+"', image), f"{page}: {image}"
+
+
+@pytest.fixture(scope="session")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if program is None:
+        pytest.skip("no chromium on this machine: install one to check the pages in a browser")
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.mark.parametrize("width, scheme", [(1280, "light"), (390, "dark")])
+def test_a_browser_opens_every_page_from_disk_without_complaint(browser, built, pages, width, scheme):
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    tab, complaints = context.new_page(), []
+    inside = (built.resolve().as_uri(), "data:", "blob:")
+    tab.on("request", lambda seen: seen.url.startswith(inside) or complaints.append(f"asked for {seen.url}"))
+    tab.on("requestfailed", lambda seen: complaints.append(f"did not get {seen.url}"))
+    tab.on("console", lambda seen: seen.type == "error" and complaints.append(seen.text))
+    tab.on("pageerror", lambda seen: complaints.append(str(seen)))
+    for page in pages:
+        tab.goto(page.resolve().as_uri(), timeout=120_000)
+        if 'http-equiv="Refresh"' in page.read_text():
+            tab.wait_for_url("**/book/index.html", timeout=120_000)
+        tab.wait_for_function(
+            "document.querySelectorAll('.math').length <= document.querySelectorAll('mjx-container').length",
+            timeout=120_000,
+        )
+        sideways = tab.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+        assert sideways <= 0, f"{page} scrolls sideways at {width} pixels"
+    context.close()
+    assert not complaints
