@@ -228,8 +228,8 @@ def read_wordnet(files: Files, _: str) -> Texts:
 def read_factbook(files: Files, _: str) -> Texts:
     for name, data in files:
         country = json.loads(data)
-        name = country.get("Government", {}).get("Country name", {})
-        called = name.get("conventional short form", {}).get("text", "")
+        names = country.get("Government", {}).get("Country name", {})
+        called = names.get("conventional short form", {}).get("text", "")
         for section, fields in country.items():
             lines = [f"{called}: {section}" if called and called != "none" else section]
             for field, value in fields.items():
