@@ -12,19 +12,19 @@ MEMORY ?= $(shell echo $$(( $$(getconf _PHYS_PAGES) * $$(getconf PAGE_SIZE) / 40
 BIN := .venv/bin
 SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --profile workflow/profiles/local \
   --cores $(CORES) --resources mem=$(MEMORY)
-# A run that was killed leaves a lock, which the next call removes.
-RUNS = $(SNAKEMAKE) --unlock >/dev/null 2>&1; $(SNAKEMAKE) --config model='$(MODEL)' sae_set='$(SAES)'
+# A run that was killed leaves a lock, which the next call removes (told the same: reading the file drops stale marks).
+runs = $(SNAKEMAKE) --unlock $(1) >/dev/null 2>&1; $(SNAKEMAKE) $(1)
 
 .SILENT:
 .PHONY: book report html model test lint serve lab saes tasks constraints clean
 
 book: model
-	$(RUNS) size=book tasks='$(TASKS)'
+	$(call runs,--config model='$(MODEL)' sae_set='$(SAES)' size=book tasks='$(TASKS)')
 	$(MAKE) --no-print-directory html
 
 report: TASKS = all
 report: model
-	$(RUNS) size=report tasks='$(TASKS)'
+	$(call runs,--config model='$(MODEL)' sae_set='$(SAES)' size=report tasks='$(TASKS)')
 	$(MAKE) --no-print-directory html
 
 html: .venv/installed
