@@ -134,15 +134,16 @@ def load(name: str = "gemma-3-270m", device: str = "cpu", dtype: torch.dtype = t
             f"Unknown model {name!r}: use {', '.join([*EMBEDDED, TINY])}, a folder with safetensors, "
             "or a hub name such as google/gemma-2-2b."
         )
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         hf = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except OSError as error:
+    except (OSError, ValueError, SafetensorError) as error:  # the last two: damaged or foreign files
         raise ModelError(
             f"Model {name!r} could not be loaded ({str(error).splitlines()[0]}); "
-            f"check the name and your connection to the hub, or use an embedded model: {', '.join(EMBEDDED)}."
+            f"check the name, its files and your connection to the hub, or use an embedded model: {', '.join(EMBEDDED)}."
         ) from error
     hf = hf.to(device).eval().requires_grad_(False)
     if name not in EMBEDDED:

