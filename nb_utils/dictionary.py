@@ -62,9 +62,11 @@ def _pursuit(at, layer, sae, k, algorithm) -> Codes:
 
     target = task_vector(at, layer)
     norms = sae.W_dec.norm(dim=1)
-    found = get_sparse_decomposition(target - sae.b_dec, sae.W_dec / norms[:, None], k, algorithm=algorithm)
-    codes = torch.zeros_like(sae.threshold)
-    codes[found.support] = found.coordinates / norms[found.support]
+    atoms = norms.nonzero()[:, 0]  # a dead latent may have none
+    directions = sae.W_dec[atoms] / norms[atoms, None]
+    found = get_sparse_decomposition(target - sae.b_dec, directions, min(k, len(atoms)), algorithm=algorithm)
+    codes, support = torch.zeros_like(sae.threshold), atoms[found.support]
+    codes[support] = found.coordinates / norms[support]
     return Codes(codes, sae.decode(codes), target)
 
 

@@ -143,7 +143,7 @@ def load(name: str = "gemma-3-270m", device: str = "cpu", dtype: torch.dtype = t
     except (OSError, ValueError, SafetensorError) as error:  # the last two: damaged or foreign files
         raise ModelError(
             f"Model {name!r} could not be loaded ({str(error).splitlines()[0]}); "
-            f"check the name, its files and your connection to the hub, or use an embedded model: {', '.join(EMBEDDED)}."
+            f"check the name, its files and your connection, or use an embedded model: {', '.join(EMBEDDED)}."
         ) from error
     hf = hf.to(device).eval().requires_grad_(False)
     if name not in EMBEDDED:

@@ -251,10 +251,10 @@ def feature_weights(frame: pd.DataFrame, ax: Axes | None = None, most: int = 40)
     ax.bar(x, shown["before"], width=0.95, color=COLORS["task_vector"], alpha=0.45, lw=0)
     grew = shown["after"].abs() > shown["before"].abs()
     ax.bar(x, shown["after"], width=0.5, color=np.where(grew, GREW, SHRANK), lw=0)
-    named: list[int] = []
+    named, room = [], len(shown) / 28  # bars that the height of a number covers
     for i in np.argsort(-shown["after"].abs().to_numpy(), kind="stable"):
         after, before = shown["after"].iloc[i], shown["before"].iloc[i]
-        if after == 0 or len(named) == 8 or any(abs(i - other) < 2 for other in named):
+        if after == 0 or len(named) == 8 or any(abs(i - other) < room for other in named):
             continue  # no room for its number beside that of a larger one
         named.append(i)
         up = 1 if after > 0 else -1
@@ -263,7 +263,10 @@ def feature_weights(frame: pd.DataFrame, ax: Axes | None = None, most: int = 40)
             textcoords="offset points", rotation=90, ha="center", va="bottom" if up > 0 else "top", fontsize=7,
         )  # fmt: skip
     ax.axhline(0, color=INK, lw=0.8)
-    ax.margins(x=0.01, y=0.22)
+    signs = np.sign(shown[["before", "after"]].to_numpy())
+    ax.set_ylim(-1.45 if (signs < 0).any() else 0, 1.45)  # room for numbers at the tips
+    ax.set_yticks([tick for tick in (-1, 0, 1) if tick >= ax.get_ylim()[0]])
+    ax.margins(x=0.01)
     ax.set_xticks([])
     ax.set(xlabel="latents, by weight before", ylabel="weight / largest")
     return ax
@@ -321,7 +324,9 @@ def _color(method: str) -> str:
 
 
 def _lines(frame: pd.DataFrame):
-    return frame.groupby(["method", "mode", "k"], sort=False, dropna=False)
+    """Split into lines, without the points that average clearly fewer tasks: they would bend a line for no reason."""
+    for key, line in frame.groupby(["method", "mode", "k"], sort=False, dropna=False):
+        yield key, line[line["tasks"] >= 0.9 * line["tasks"].max()] if "tasks" in line else line
 
 
 def _levels(ax: Axes, frame: pd.DataFrame) -> list[tuple]:
@@ -336,7 +341,7 @@ def _levels(ax: Axes, frame: pd.DataFrame) -> list[tuple]:
 def _band(ax: Axes, x, line: pd.DataFrame, method: str) -> None:
     if {"low", "high"} <= set(line):
         low, high = line["low"].astype(float), line["high"].astype(float)
-        ax.fill_between(x, low, high, color=_color(method), alpha=0.13, lw=0)
+        ax.fill_between(x, low, high, color=_color(method), alpha=0.11, lw=0)
 
 
 def _label_ends(ax: Axes, ends: list[tuple]) -> None:
@@ -359,7 +364,7 @@ def _label_ends(ax: Axes, ends: list[tuple]) -> None:
             fontsize=8.5,
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.6, "shrinkA": 1, "shrinkB": 3},
+            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.5, "alpha": 0.7, "shrinkA": 1, "shrinkB": 3},
         )
 
 

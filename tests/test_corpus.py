@@ -60,7 +60,8 @@ def test_the_split_of_a_group_never_changes_and_takes_the_stated_share():
 def test_neighbouring_documents_of_a_text_share_a_split(tmp_path):
     archive = tmp_path / "speeches-1-py3-none-any.whl"
     with zipfile.ZipFile(archive, "w") as bundle:
-        text = "\n\n".join(" ".join(f"{chr(97 + i % 26)}{chr(97 + i // 26)}word" for _ in range(600)) for i in range(20))
+        words = [f"{chr(97 + i % 26)}{chr(97 + i // 26)}word" for i in range(20)]
+        text = "\n\n".join(" ".join([word] * 600) for word in words)
         bundle.writestr("speeches/one.txt", text)
         bundle.writestr("other/one.md", text)
     found = list(corpus.documents(SOURCE, archive, set()))

@@ -11,7 +11,8 @@ from nb_utils.saes import Sae
 from nb_utils.vectors import Separators
 
 METHODS = [
-    dictionary.reconstruct, dictionary.vector_on_reconstruction, dictionary.gradient_pursuit, dictionary.nonnegative_omp,
+    dictionary.reconstruct, dictionary.vector_on_reconstruction,
+    dictionary.gradient_pursuit, dictionary.nonnegative_omp,
     dictionary.top_k_projection, dictionary.random_support, dictionary.contrast_codes,
 ]  # fmt: skip
 PURSUITS = [dictionary.gradient_pursuit, dictionary.nonnegative_omp]
@@ -32,7 +33,8 @@ def at(tiny):
 def sae(tiny):
     """A random SAE whose decoder rows have norms from 0.2 to 5."""
     plain = saes.random(tiny, 2)
-    norms = torch.logspace(-0.7, 0.7, plain.d_sae)[torch.randperm(plain.d_sae, generator=torch.Generator().manual_seed(0))]
+    order = torch.randperm(plain.d_sae, generator=torch.Generator().manual_seed(0))
+    norms = torch.logspace(-0.7, 0.7, plain.d_sae)[order]
     return dataclasses.replace(plain, W_dec=plain.W_dec * norms[:, None])
 
 

@@ -43,7 +43,8 @@ def write_gguf(path, layers=2, width=16):
     for add, value in [
         (out.add_context_length, 64), (out.add_block_count, layers), (out.add_embedding_length, width),
         (out.add_feed_forward_length, 2 * width), (out.add_head_count, 2), (out.add_head_count_kv, 1),
-        (out.add_rope_dimension_count, width // 2), (out.add_layer_norm_rms_eps, 1e-5), (out.add_vocab_size, len(tokens)),
+        (out.add_rope_dimension_count, width // 2), (out.add_layer_norm_rms_eps, 1e-5),
+        (out.add_vocab_size, len(tokens)),
         (out.add_tokenizer_model, "gpt2"), (out.add_token_list, tokens), (out.add_token_merges, ["h e"]),
         (out.add_token_types, [3, 3] + [1] * (len(tokens) - 2)), (out.add_bos_token_id, 0), (out.add_eos_token_id, 1),
     ]:  # fmt: skip
@@ -268,7 +269,9 @@ def test_a_folder_with_pickled_weights_only_is_refused(own):
     assert "convert them to safetensors" in refused(models.load, str(own))
 
 
-@pytest.mark.parametrize("damage", ["truncated weights", "empty weights", "config is no JSON", "no config", "tokenizer is no JSON"])
+@pytest.mark.parametrize(
+    "damage", ["truncated weights", "empty weights", "config is no JSON", "no config", "tokenizer is no JSON"]
+)
 def test_a_damaged_folder_is_one_sentence_that_names_it(own, damage):
     weights = own / "model.safetensors"
     {
@@ -380,7 +383,8 @@ def test_on_the_real_models_losses_and_gradients_equal_a_hooked_forward_pass(nam
 def test_prompts_longer_than_the_sliding_window_of_gemma_lose_nothing():
     model = real("gemma-3-270m")
     pool = tasks.load("antonyms").pairs
-    batch = prompts.few_shot(model.tokenizer, pool, pool[:1], 160, seed=0) + prompts.zero_shot(model.tokenizer, pool[1:2])
+    batch = prompts.few_shot(model.tokenizer, pool, pool[:1], 160, seed=0)
+    batch += prompts.zero_shot(model.tokenizer, pool[1:2])
     assert len(batch[0].ids) > model.hf.config.sliding_window + 100
     site = engine.Site.prepare(model, batch)
     with torch.no_grad():

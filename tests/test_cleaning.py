@@ -1,0 +1,265 @@
+"""Cleaning: what is pruned stays away, what is kept was chosen on validation, and rows mind their own business."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from nb_utils import cleaning, dictionary, engine, models, prompts, saes, tasks, vectors
+
+LAYER = 2
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return models.load("tiny")
+
+
+@pytest.fixture(scope="module")
+def sae(tiny):
+    return saes.random(tiny, LAYER)
+
+
+def pairs(first, n):
+    """Inputs of different lengths whose outputs share their letters, so that there is something to learn."""
+    answers = ("yes0", "yes1")
+    numbers = range(first, first + n)
+    return tuple(tasks.Pair("x" * (1 + i % 3) + str(i), answers[i % 2], (answers[i % 2],)) for i in numbers)
+
+
+def site(model, first, n):
+    return engine.Site.prepare(model, prompts.zero_shot(model.tokenizer, pairs(first, n)), answer_tokens=2)
+
+
+@pytest.fixture(scope="module")
+def at(tiny):
+    return vectors.separators(tiny, pairs(0, 8), [LAYER], n_prompts=4, n_shots=4)
+
+
+@pytest.fixture(scope="module")
+def problem(tiny):
+    return cleaning.Problem(site(tiny, 10, 6), site(tiny, 20, 4), LAYER)
+
+
+@pytest.fixture(scope="module")
+def fit(problem):
+    """A problem whose validation prompts are its training prompts: the kept step is the best on training."""
+    return dataclasses.replace(problem, validation=problem.train)
+
+
+@pytest.fixture(scope="module")
+def start(at, sae):
+    """Pre-activations of the task vector."""
+    return sae.pre_activations(vectors.task_vector(at, LAYER))[None]
+
+
+@pytest.fixture(scope="module")
+def signed(at, sae):
+    """Contrast codes, and the codes of the vector."""
+    return torch.stack([dictionary.contrast_codes(at, LAYER, sae).codes, dictionary.reconstruct(at, LAYER, sae).codes])
+
+
+@pytest.fixture
+def checks(monkeypatch):
+    """Every state that the optimiser went through (the real one runs)."""
+    seen, real = [], cleaning._descend
+
+    def spy(*args, **kwargs):
+        for check in real(*args, **kwargs):
+            seen.append(check)
+            yield check
+
+    monkeypatch.setattr(cleaning, "_descend", spy)
+    return seen
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def as_topk(sae, k=8):
+    return dataclasses.replace(sae, k=k, threshold=torch.zeros_like(sae.threshold), architecture="topk")
+
+
+# --- the post's cleaning ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["jumprelu", "topk"])
+def test_a_latent_that_went_out_never_comes_back(problem, sae, start, checks, kind):
+    sae = as_topk(sae) if kind == "topk" else sae
+    cleaning.clean(problem, sae, start.repeat(2, 1), [0.0, 2.0], lr=0.1, steps=50)
+    on = torch.stack([check.codes != 0 for check in checks])
+    assert not (on[1:] & ~on[:-1]).any()
+    assert (on[0] & ~on[-1]).any(), "nothing went out: the test says nothing"
+    assert torch.equal(on[0], (sae.act(start) > 0).expand_as(on[0]))
+
+
+def test_a_huge_penalty_leaves_nothing_but_the_bias(problem, sae, start):
+    (with_bias,) = cleaning.clean(problem, sae, start, [1e4])
+    (without,) = cleaning.clean(problem, sae, start, [1e4], bias=False)
+    assert with_bias.l0 == without.l0 == 0
+    assert torch.equal(with_bias.vector, sae.b_dec) and not without.vector.any()
+
+
+def test_cleaning_without_penalty_lowers_the_loss(fit, sae, start):
+    before = fit.train.loss(sae.decode(sae.act(start)), LAYER).item()
+    (found,) = cleaning.clean(fit, sae, start, [0.0], steps=60)
+    assert found.train_loss < before - 0.1
+
+
+def test_the_higher_the_penalty_the_fewer_latents(problem, sae, start):
+    penalties = [0.0, 0.3, 1.0, 3.0, 10.0, 1e3]
+    found = cleaning.clean(problem, sae, start.repeat(6, 1), penalties, steps=100)
+    sizes = [result.l0 for result in found]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-2] and sizes[-1] == 0
+    assert [result.penalty for result in found] == penalties
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("mode", ["add", "replace"])
+def test_codes_decode_to_the_vector_and_losses_are_those_of_the_vector(problem, sae, start, bias, mode):
+    problem = dataclasses.replace(problem, mode=mode)
+    for found in cleaning.clean(problem, sae, start.repeat(2, 1), [0.0, 1.0], steps=20, bias=bias):
+        close(found.vector, sae.decode(found.codes, bias=bias))
+        close(torch.tensor([found.train_loss]), problem.train.loss(found.vector[None], LAYER, mode))
+        close(torch.tensor([found.validation_loss]), problem.validation.loss(found.vector[None], LAYER, mode))
+
+
+def test_the_kept_step_has_the_best_validation_loss_plus_penalty(problem, sae, start, checks):
+    found = cleaning.clean(problem, sae, start.repeat(3, 1), [0.1, 1.0, 5.0], steps=47, check_every=5)
+    due = [check for check in checks if check.validation is not None]
+    assert [check.step for check in due] == [*range(0, 47, 5), 47]
+    for row, result in enumerate(found):
+        costs = {check.step: (check.validation[row] + check.penalty[row]).item() for check in due}
+        assert result.step == min(costs, key=costs.get)
+        kept = next(check for check in due if check.step == result.step)
+        assert torch.equal(result.codes, kept.codes[row]) and torch.equal(result.vector, kept.vectors[row])
+        assert result.validation_loss == kept.validation[row].item()
+    assert len({result.step for result in found}) > 1
+
+
+def test_a_penalty_of_one_costs_one_nat_at_the_start(problem, sae, start, checks):
+    cleaning.clean(problem, sae, start.repeat(3, 1), [0.0, 1.0, 2.5], steps=1)
+    close(checks[0].penalty, torch.tensor([0.0, 1.0, 2.5]))
+
+
+def test_the_scale_of_an_sae_changes_nothing(problem, sae, start):
+    """Codes ten times as large over atoms a tenth as long are the same dictionary."""
+    scaled = dataclasses.replace(
+        sae, W_enc=10 * sae.W_enc, b_enc=10 * sae.b_enc, threshold=10 * sae.threshold, W_dec=sae.W_dec / 10
+    )
+    (ours,) = cleaning.clean(problem, sae, start, [1.0], steps=30)
+    (theirs,) = cleaning.clean(problem, scaled, 10 * start, [1.0], steps=30)
+    assert ours.step == theirs.step
+    torch.testing.assert_close(10 * ours.codes, theirs.codes, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(ours.vector, theirs.vector, atol=1e-2, rtol=1e-2)
+
+
+def test_with_patience_it_stops_when_no_latent_goes_out_any_more_and_keeps_the_last_step(fit, sae, start, checks):
+    """With a tiny step no latent ever goes out, so the patience runs from the start."""
+    (found,) = cleaning.clean(fit, sae, start, [0.0], lr=1e-6, steps=500, check_every=10, patience=20)
+    assert found.step == checks[-1].step == 20
+    checks.clear()
+    (found,) = cleaning.clean(fit, sae, start, [5.0], lr=0.1, steps=500, check_every=1, patience=12)
+    sizes = [int((check.codes != 0).sum()) for check in checks]
+    new_minimum = max(i for i in range(1, len(sizes)) if sizes[i] < min(sizes[:i]))
+    assert found.step == checks[-1].step == new_minimum + 12
+    assert found.l0 == sizes[-1] and torch.equal(found.codes, checks[-1].codes[0])
+
+
+# --- rows and batches ------------------------------------------------------------------------------------------
+
+
+def test_three_rows_together_are_three_rows_alone(problem, sae, start):
+    starts, penalties = torch.cat([start, 0.5 * start + 0.5 * start.abs(), start.flip(0)]), [0.0, 1.0, 4.0]
+    together = cleaning.clean(problem, sae, starts, penalties, steps=30)
+    for row, penalty, ours in zip(starts, penalties, together, strict=True):
+        (alone,) = cleaning.clean(problem, sae, row[None], [penalty], steps=30)
+        assert ours.step == alone.step and ours.l0 == alone.l0
+        torch.testing.assert_close(ours.codes, alone.codes, atol=1e-3, rtol=1e-3)
+        assert ours.validation_loss == pytest.approx(alone.validation_loss, abs=1e-3)
+
+
+def test_two_pruned_paths_together_are_two_paths_alone(problem, sae, signed):
+    together = cleaning.prune_with_refit(problem, sae, signed, (8, 4), steps=8)
+    for row, path in zip(signed, together, strict=True):
+        (alone,) = cleaning.prune_with_refit(problem, sae, row[None], (8, 4), steps=8)
+        for ours, theirs in zip(path, alone, strict=True):
+            torch.testing.assert_close(ours.codes, theirs.codes, atol=1e-3, rtol=1e-3)
+
+
+def test_a_batch_is_drawn_anew_at_every_step_and_by_the_step_alone(problem, sae, signed):
+    batched = dataclasses.replace(problem, batch=2)
+    vector = vectors.matched_random(torch.ones(1, sae.d_in), 0)
+    losses = torch.cat([batched.train_loss(vector, step) for step in range(200)])
+    assert torch.equal(losses[7:8], batched.train_loss(vector, 7)) and len(losses.unique()) > 5
+    # The mean over all batches is the loss over all prompts; the tolerance is five standard errors.
+    assert abs(losses.mean() - problem.train_loss(vector, 0)) < 5 * losses.std() / 200**0.5
+    first, again = (cleaning.prune_with_refit(batched, sae, signed, (6,), steps=6) for _ in range(2))
+    whole = cleaning.prune_with_refit(problem, sae, signed, (6,), steps=6)
+    assert torch.equal(first[0][0].codes, again[0][0].codes)
+    assert not torch.allclose(first[0][0].codes, whole[0][0].codes)
+
+
+def test_a_batch_as_large_as_the_training_set_is_the_training_set(problem):
+    vector = torch.ones(1, problem.train.model.d_model)
+    everything = dataclasses.replace(problem, batch=len(problem.train.prompts))
+    assert torch.equal(everything.train_loss(vector, 3), problem.train_loss(vector, 0))
+
+
+# --- pruning with refit ----------------------------------------------------------------------------------------
+
+
+def test_every_stage_of_pruning_has_at_most_its_number_of_latents_and_only_survivors_of_the_last(problem, sae, signed):
+    sizes = (200, 9, 5, 2)
+    for row, path in zip(signed, cleaning.prune_with_refit(problem, sae, signed, sizes, steps=6), strict=True):
+        support = row != 0
+        for size, result in zip(sizes, path, strict=True):
+            assert result.l0 <= size and not ((result.codes != 0) & ~support).any()
+            support = result.codes != 0
+            close(result.vector, result.codes @ sae.W_dec)
+            close(torch.tensor([result.train_loss]), problem.train.loss(result.vector[None], LAYER))
+        assert path[-1].l0 == 2
+
+
+def test_pruning_keeps_the_codes_that_move_the_vector_most(problem, sae, signed):
+    """With no step to refit, the stages are the largest codes of the start."""
+    norms = torch.logspace(-1, 1, sae.d_sae)
+    sae = dataclasses.replace(sae, W_dec=sae.W_dec * norms[:, None])
+    (path,) = cleaning.prune_with_refit(problem, sae, signed[:1], (7, 3), steps=0)
+    for size, result in zip((7, 3), path, strict=True):
+        close(result.codes, dictionary.keep_largest(signed[0], size, sae))
+
+
+def test_refitting_lowers_the_loss_and_keeps_the_support_and_may_turn_no_code_on(fit, sae, signed):
+    few = dictionary.keep_largest(signed, 5, sae)
+    for before, after in zip(few, cleaning.refit(fit, sae, few, steps=40), strict=True):
+        assert torch.equal(after.codes != 0, before != 0)
+        assert after.train_loss < fit.train.loss((before @ sae.W_dec)[None], LAYER).item() - 0.05
+
+
+def test_a_refitted_stage_is_the_best_on_validation(problem, sae, signed, checks):
+    ((found,),) = cleaning.prune_with_refit(problem, sae, signed[:1], (6,), steps=30, check_every=3)
+    losses = {check.step: check.validation[0].item() for check in checks if check.validation is not None}
+    assert found.step == min(losses, key=losses.get) and found.validation_loss == min(losses.values())
+
+
+# --- the dense upper bound -------------------------------------------------------------------------------------
+
+
+def test_a_learned_vector_lowers_the_loss_below_any_sparse_one(fit, sae, at, signed):
+    begin = vectors.centred_task_vector(at, LAYER)[None]
+    (dense,) = cleaning.learned_vector(fit, begin, steps=60)
+    assert dense.codes is None and dense.l0 == fit.train.model.d_model
+    assert dense.train_loss < fit.train.loss(begin, LAYER).item() - 0.5
+    assert dense.train_loss == pytest.approx(fit.train.loss(dense.vector[None], LAYER).item(), abs=1e-4)
+    ((sparse,),) = cleaning.prune_with_refit(fit, sae, signed[:1], (5,), steps=60)
+    assert dense.train_loss < sparse.train_loss
+
+
+def test_the_start_of_an_optimisation_is_left_as_it_was(problem, sae, start, signed):
+    before = start.clone(), signed.clone()
+    cleaning.clean(problem, sae, start, [1.0], steps=3)
+    cleaning.prune_with_refit(problem, sae, signed, (5,), steps=3)
+    cleaning.learned_vector(problem, start[:, : sae.d_in], steps=3)
+    assert torch.equal(start, before[0]) and torch.equal(signed, before[1])

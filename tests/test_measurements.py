@@ -1,0 +1,149 @@
+"""Measurements: rows that the tables expect, with numbers that a plain forward pass gives."""
+
+import itertools
+
+import pandas as pd
+import pytest
+import torch
+
+from nb_utils import engine, measurements, models, prompts, tables, tasks
+from nb_utils.measurements import Candidate
+
+# What `tables` knows of, less what only a cleaning, its latents or the task's name add.
+COLUMNS = set(tables.DTYPES) - {
+    "task", "train_loss", "validation_loss", "step", "seconds", "latent", "before", "after"
+} | {"losses"}  # fmt: skip
+MEASURES = ["loss", "token_loss", "accuracy", "exact"]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return models.load("tiny")
+
+
+WORDS = ["hot", "cold", "big", "small", "up", "down", "old", "new"]
+PAIRS = [tasks.Pair(x, y, (y,)) for x, y in itertools.pairwise(WORDS)]
+
+
+@pytest.fixture(scope="module")
+def site(tiny):
+    return engine.Site.prepare(tiny, prompts.zero_shot(tiny.tokenizer, PAIRS))
+
+
+def noise(model, n, seed=0):
+    return torch.randn(n, model.d_model, generator=torch.Generator().manual_seed(seed))
+
+
+def plain(model, prompt, vector, layer):
+    """Log-probabilities at every answer position from one forward pass through TransformerLens with a hook."""
+
+    def steer(stream, hook):
+        steered = stream.clone()
+        steered[:, prompt.separators[-1]] += vector
+        return steered
+
+    hooks = [(f"blocks.{layer}.hook_resid_post", steer)]
+    logits = model.bridge.run_with_hooks(torch.tensor([prompt.ids]), fwd_hooks=hooks)[0]
+    return logits[len(prompt.ids) - len(prompt.answer) - 1 : -1].log_softmax(-1)
+
+
+def test_rows_and_baselines_have_the_columns_that_the_tables_expect(tiny, site, tmp_path):
+    candidates = [Candidate("task_vector", noise(tiny, 1)[0]), Candidate("pursuit", noise(tiny, 1, 1)[0], k=5, l0=4)]
+    base = measurements.baseline(site, "zero_shot")
+    rows = measurements.rows(site, 2, candidates, base.loss[0])
+    assert set(base) == set(rows) == COLUMNS
+    whole = pd.concat([base, rows], ignore_index=True).assign(task="toy")
+    tables.save(whole, "01", "toy", {}, folder=tmp_path)
+    stored = tables.load("01", folder=tmp_path)
+    for column in (COLUMNS - {"losses"}) | {"task"}:
+        assert stored[column].dtype == tables.DTYPES[column], column
+    assert stored.layer.tolist() == [-1, 2, 2] and stored["mode"].tolist() == ["none", "add", "add"]
+    assert stored.k.isna().tolist() == [True, True, False] and stored.l0.tolist()[2] == 4
+    torch.testing.assert_close(torch.tensor(stored.loss), torch.tensor(whole.loss))
+
+
+def test_what_a_candidate_brings_along_stands_in_its_row(tiny, site):
+    vector = noise(tiny, 1)[0]
+    candidate = Candidate("clean", vector, 7, 5, scale=2.0, penalty=0.3, seed=4, extra={"step": 90, "train_loss": 1.5})
+    row = measurements.rows(site, 1, [candidate], 1.0, "replace", on="sentence").iloc[0]
+    expected = dict(
+        layer=1, method="clean", mode="replace", k=7, l0=5, scale=2.0, penalty=0.3, seed=4, on="sentence", step=90,
+        train_loss=1.5, n=len(PAIRS),
+    )  # fmt: skip
+    assert {name: row[name] for name in expected} == expected
+
+
+def test_losses_are_those_of_plain_forward_passes(tiny, site):
+    vectors, layer, zero_shot = noise(tiny, 2), 3, 7.0
+    rows = measurements.rows(site, layer, [Candidate(str(i), v) for i, v in enumerate(vectors)], zero_shot)
+    for i, vector in enumerate(vectors):
+        two, mean, first, whole = [], [], [], []
+        for prompt in site.prompts:
+            log_probs, answer = plain(tiny, prompt, vector, layer), torch.tensor(prompt.answer)
+            nll = -log_probs.gather(-1, answer[:, None])[:, 0]
+            hits = log_probs.argmax(-1) == answer
+            two.append(nll[:2].sum().item())
+            mean.append(nll.mean().item())
+            first.append(hits[0].item())
+            whole.append(hits.all().item())
+        row = rows.iloc[i]
+        means = [pd.Series(column, dtype=float).mean() for column in (two, mean, first, whole)]
+        expected = pd.Series(dict(zip(MEASURES, means, strict=True)))
+        pd.testing.assert_series_equal(row[MEASURES].astype(float), expected, check_names=False, rtol=1e-4)
+        assert row.losses == pytest.approx(two, rel=1e-4) and row.n == len(PAIRS)
+        assert row.rel_loss == pytest.approx((row.loss - zero_shot) / zero_shot)
+
+
+def test_accuracy_counts_every_accepted_answer(tiny):
+    """The answers are what the model says, so we know which prompts count."""
+    said = []
+    for x in WORDS:
+        ids = tiny.tokenizer(f"{x} ->")["input_ids"]
+        said.append(tiny.tokenizer.decode([tiny.hf(torch.tensor([ids])).logits[0, -1].argmax()]))
+    # One-byte answers stand for the byte after the separator: a space, so we compare with what starts with one.
+    spaces = sum(byte == " " for byte in said)
+    pairs = [tasks.Pair(x, "q", ("q", "z")) for x in WORDS]
+    site = engine.Site.prepare(tiny, prompts.zero_shot(tiny.tokenizer, pairs))
+    assert measurements.baseline(site, "zero_shot").accuracy[0] == spaces / len(WORDS)
+
+
+def test_a_zero_vector_measures_what_the_baseline_measures(tiny, site):
+    base = measurements.baseline(site, "zero_shot")
+    row = measurements.rows(site, 2, [Candidate("nothing", torch.zeros(tiny.d_model))], base.loss[0])
+    for measure in MEASURES:
+        assert row[measure][0] == pytest.approx(base[measure][0], abs=1e-4)
+    assert row.losses[0] == pytest.approx(base.losses[0], abs=1e-4)
+    assert base.rel_loss[0] == 0 and row.rel_loss[0] == pytest.approx(0, abs=1e-5)
+
+
+def test_a_relative_loss_refers_to_the_zero_shot_loss_that_is_given(tiny, site):
+    few = engine.Site.prepare(tiny, prompts.few_shot(tiny.tokenizer, PAIRS, PAIRS, 3, seed=0))
+    row = measurements.baseline(few, "few_shot", zero_shot=10.0)
+    assert row.rel_loss[0] == pytest.approx(row.loss[0] / 10 - 1)
+
+
+def test_the_distance_to_a_reference_is_its_mean_divergence_from_the_steered_distribution(tiny, site):
+    few = engine.Site.prepare(tiny, prompts.few_shot(tiny.tokenizer, PAIRS, PAIRS, 3, seed=0))
+    reference = few.log_probs(torch.zeros(1, tiny.d_model), tiny.n_layers - 1)[0]
+    vector = noise(tiny, 1)[0]
+    row = measurements.rows(site, 2, [Candidate("v", vector)], 1.0, reference=reference)
+    steered = torch.stack([plain(tiny, prompt, vector, 2)[0] for prompt in site.prompts])
+    expected = (reference.exp() * (reference - steered)).sum(-1).mean().item()
+    assert row.d_ntp[0] == pytest.approx(expected, rel=1e-3)
+    assert measurements.rows(site, 2, [Candidate("v", vector)], 1.0).d_ntp.isna().all()
+
+
+def test_the_best_scale_follows_the_slope_of_the_loss(tiny, site):
+    vector = torch.zeros(1, tiny.d_model, requires_grad=True)
+    (slope,) = torch.autograd.grad(site.loss(vector, 2)[0], vector)
+    down = -0.01 * slope[0] / slope.norm()
+    assert measurements.best_scale(site, 2, down, scales=(-1.0, 0.0, 1.0)) == 1.0
+    assert measurements.best_scale(site, 2, -down, scales=(-1.0, 0.0, 1.0)) == -1.0
+    assert measurements.best_scale(site, 2, -1000 * down, scales=(0.0, 1.0)) == 0.0
+
+
+@pytest.mark.parametrize("mode", ["add", "replace"])
+def test_the_best_scale_has_the_lowest_loss_of_all_that_were_tried(tiny, site, mode):
+    vector, scales = 3 * noise(tiny, 1)[0], (-2.0, -1.0, 0.25, 0.5, 1.0, 2.0)
+    losses = {scale: site.loss(scale * vector[None], 1, mode).item() for scale in scales}
+    assert measurements.best_scale(site, 1, vector, mode, scales) == min(losses, key=losses.get)
