@@ -112,6 +112,11 @@ def averages(
     return found.join(cells[measures].groupby(index).mean())
 
 
+def complete(averaged: pd.DataFrame, share: float = 0.9) -> pd.DataFrame:
+    """Keep the means over nearly as many tasks as the fullest: means over other tasks are not comparable."""
+    return averaged[averaged["tasks"] >= share * averaged["tasks"].max()]
+
+
 def compare(
     first: pd.DataFrame, second: pd.DataFrame, value: str = "loss", zero: pd.DataFrame | None = None,
     seed: int = 0,

@@ -18,7 +18,7 @@ from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from nb_utils import tasks
+from nb_utils import metrics, tasks
 
 # Okabe and Ito's palette for the methods that carry the story, Paul Tol's muted one for their siblings, greys
 # for references and controls. Lines are named at their ends: no colour has to carry its meaning alone.
@@ -326,7 +326,7 @@ def _color(method: str) -> str:
 def _lines(frame: pd.DataFrame):
     """Split into lines, without the points that average clearly fewer tasks: they would bend a line for no reason."""
     for key, line in frame.groupby(["method", "mode", "k"], sort=False, dropna=False):
-        yield key, line[line["tasks"] >= 0.9 * line["tasks"].max()] if "tasks" in line else line
+        yield key, metrics.complete(line) if "tasks" in line else line
 
 
 def _levels(ax: Axes, frame: pd.DataFrame) -> list[tuple]:

@@ -126,7 +126,7 @@ def test_codes_decode_to_the_vector_and_losses_are_those_of_the_vector(problem, 
 
 
 def test_the_kept_step_has_the_best_validation_loss_plus_penalty(problem, sae, start, checks):
-    found = cleaning.clean(problem, sae, start.repeat(3, 1), [0.1, 1.0, 5.0], steps=47, check_every=5)
+    found = cleaning.clean(problem, sae, start.repeat(3, 1), [0.0, 1.0, 5.0], lr=0.3, steps=47, check_every=5)
     due = [check for check in checks if check.validation is not None]
     assert [check.step for check in due] == [*range(0, 47, 5), 47]
     for row, result in enumerate(found):
@@ -171,7 +171,7 @@ def test_with_patience_it_stops_when_no_latent_goes_out_any_more_and_keeps_the_l
 
 
 def test_three_rows_together_are_three_rows_alone(problem, sae, start):
-    starts, penalties = torch.cat([start, 0.5 * start + 0.5 * start.abs(), start.flip(0)]), [0.0, 1.0, 4.0]
+    starts, penalties = torch.cat([start, 2 * start, start.roll(1, 1)]), [0.0, 1.0, 4.0]
     together = cleaning.clean(problem, sae, starts, penalties, steps=30)
     for row, penalty, ours in zip(starts, penalties, together, strict=True):
         (alone,) = cleaning.clean(problem, sae, row[None], [penalty], steps=30)
