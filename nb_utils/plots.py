@@ -1,12 +1,13 @@
-"""Figures: one colour per method and one line style per mode, everywhere in the book.
+"""Figures and tables: one colour per method and one line style per mode, everywhere in the book.
 
-Every function takes a tidy frame (of `tables.load` or `metrics.averages`) and ``ax=None``, draws, and returns
+Every function that draws takes a tidy frame (of `tables.load` or `metrics.averages`) and ``ax=None``, draws, and returns
 the Axes. None shows or saves anything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
+from pandas.io.formats.style import Styler
 
 from nb_utils import metrics, tasks
 
@@ -310,6 +312,26 @@ def accuracy_dots(frame: pd.DataFrame, ax: Axes | None = None, value: str = "acc
         borderaxespad=0.2,
     )
     return ax
+
+
+def table(
+    frame: pd.DataFrame, formats: Mapping[str, str] | None = None, precision: int = 2, index: bool = False
+) -> Styler:
+    """Return a frame as the book shows tables: formatted, missing values as dashes, long names wrapped.
+
+    ``formats``: {column: format string}; other numbers get ``precision`` digits. The name of the columns' axis is
+    written above the index.
+    """
+    digest = hashlib.sha256(frame.to_csv().encode()).hexdigest()[:8]  # the same page at every build
+    styled = Styler(frame.rename_axis(index=None), uuid=digest, cell_ids=False)
+    styled = styled.format(dict(formats or {}), precision=precision, na_rep="–")
+    styled = styled.set_table_attributes('class="dataframe"').set_table_styles(
+        [
+            {"selector": "td, th", "props": "white-space: normal; text-align: right; vertical-align: bottom"},
+            {"selector": "th.row_heading, .col0, th.blank", "props": "text-align: left; min-width: 11em"},
+        ]
+    )
+    return styled if index else styled.hide(axis="index")
 
 
 def method_legend(figure: Figure, methods: Sequence[str]) -> Legend:
