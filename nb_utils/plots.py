@@ -1,7 +1,7 @@
 """Figures and tables: one colour per method and one line style per mode, everywhere in the book.
 
-Every function that draws takes a tidy frame (of `tables.load` or `metrics.averages`) and ``ax=None``, draws, and returns
-the Axes. None shows or saves anything.
+Every function that draws takes a tidy frame (of `tables.load` or `metrics.averages`) and ``ax=None``, and returns the
+Axes. None shows or saves anything.
 """
 
 from __future__ import annotations

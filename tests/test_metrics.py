@@ -288,3 +288,9 @@ def test_an_interval_lies_within_the_losses_and_holds_no_nan(losses):
     every = np.concatenate([np.asarray(part) for part in losses])
     assert every.min() - 1e-9 <= found["low"] <= found["high"] <= every.max() + 1e-9
     assert found["mean"] == pytest.approx(np.mean([np.mean(part) for part in losses]))
+
+
+def test_means_over_fewer_tasks_are_left_out_as_incomparable():
+    averaged = pd.DataFrame({"k": [5, 10, 20], "tasks": [26, 24, 3], "mean": [4.0, 3.0, 9.0]})
+    assert metrics.complete(averaged)["k"].tolist() == [5, 10]
+    assert metrics.complete(averaged, share=1.0)["k"].tolist() == [5]

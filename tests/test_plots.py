@@ -214,6 +214,11 @@ def test_heights_are_moved_apart_in_order_and_no_more_than_needed(wanted):
         assert placed == pytest.approx(wanted)
 
 
+def test_points_that_average_fewer_tasks_do_not_bend_a_line():
+    ax = plots.loss_by_layer(layers_of(tasks=[26, 3, 26]))
+    assert ax.lines[0].get_xdata().tolist() == [4, 12]
+
+
 # --- loss against L0 and the penalty ---
 
 
@@ -337,3 +342,13 @@ def test_the_style_is_plain_data():
         plots.use_style()
         assert not plt.rcParams["axes.spines.top"]
         json.dumps([plt.rcParams["font.size"], plt.rcParams["figure.figsize"]])
+
+
+def test_a_table_is_formatted_the_same_at_every_build():
+    frame = pd.DataFrame({"loss": [1.234, np.nan], "share": [0.5, 0.25]}, index=["a", "b"]).rename_axis(columns="nats")
+    page = plots.table(frame, {"share": "{:.0%}"}, index=True).to_html()
+    cells = re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", page)
+    assert [cell for cell in cells if cell != "&nbsp;"] == ["nats", "loss", "share", "a", "1.23", "50%", "b", "–", "25%"]
+    assert plots.table(frame, {"share": "{:.0%}"}, index=True).to_html() == page
+    assert 'class="dataframe"' in page
+    assert ">a</th>" not in plots.table(frame).to_html()
