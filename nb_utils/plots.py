@@ -236,8 +236,8 @@ def task_heatmap(
 def feature_weights(frame: pd.DataFrame, ax: Axes | None = None, most: int = 40) -> Axes:
     """Draw weights of latents before cleaning (blue) and after, each set divided by its largest size.
 
-    Green bars weigh more after than before, red ones less; the largest survivors are named. ``frame``: latent,
-    before, after, of one vector. The ``most`` largest before are shown, and every survivor.
+    Green bars weigh at least as much after as before, red ones less; the largest survivors are named. ``frame``:
+    latent, before, after, of one vector. The ``most`` largest before are shown, and every survivor.
     """
     ax = ax or plt.subplots(figsize=(7.2, 2.6))[1]
     shown = pd.DataFrame(
@@ -251,7 +251,7 @@ def feature_weights(frame: pd.DataFrame, ax: Axes | None = None, most: int = 40)
     shown = shown.loc[shown["before"].abs().sort_values(ascending=False, kind="stable").index]
     x = np.arange(len(shown))
     ax.bar(x, shown["before"], width=0.95, color=COLORS["task_vector"], alpha=0.45, lw=0)
-    grew = shown["after"].abs() > shown["before"].abs()
+    grew = shown["after"].abs() >= shown["before"].abs()
     ax.bar(x, shown["after"], width=0.5, color=np.where(grew, GREW, SHRANK), lw=0)
     named, room = [], len(shown) / 28  # bars that the height of a number covers
     for i in np.argsort(-shown["after"].abs().to_numpy(), kind="stable"):
@@ -325,10 +325,12 @@ def table(
     digest = hashlib.sha256(frame.to_csv().encode()).hexdigest()[:8]  # the same page at every build
     styled = Styler(frame.rename_axis(index=None), uuid=digest, cell_ids=False)
     styled = styled.format(dict(formats or {}), precision=precision, na_rep="–")
+    names = "th.row_heading, th.blank, th.index_name" if index else ".col0"
     styled = styled.set_table_attributes('class="dataframe"').set_table_styles(
         [
-            {"selector": "td, th", "props": "white-space: normal; text-align: right; vertical-align: bottom"},
-            {"selector": "th.row_heading, .col0, th.blank", "props": "text-align: left; min-width: 11em"},
+            {"selector": "td, th", "props": "text-align: right; vertical-align: bottom; padding: 0.25rem 0.5rem"},
+            {"selector": "th", "props": "white-space: normal"},
+            {"selector": names, "props": "text-align: left"},
         ]
     )
     return styled if index else styled.hide(axis="index")
