@@ -17,7 +17,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def sae(tiny):
-    return saes.random(tiny, LAYER)
+    return saes.random(tiny, LAYER, d_sae=256)
 
 
 def pairs(first, n):
@@ -126,16 +126,17 @@ def test_codes_decode_to_the_vector_and_losses_are_those_of_the_vector(problem, 
 
 
 def test_the_kept_step_has_the_best_validation_loss_plus_penalty(problem, sae, start, checks):
-    found = cleaning.clean(problem, sae, start.repeat(3, 1), [0.0, 1.0, 5.0], lr=0.3, steps=47, check_every=5)
+    found = cleaning.clean(problem, sae, start.repeat(3, 1), [0.0, 1.0, 3.0], lr=0.3, steps=52, check_every=5)
     due = [check for check in checks if check.validation is not None]
-    assert [check.step for check in due] == [*range(0, 47, 5), 47]
+    assert [check.step for check in due] == [*range(0, 52, 5), 52]
     for row, result in enumerate(found):
         costs = {check.step: (check.validation[row] + check.penalty[row]).item() for check in due}
         assert result.step == min(costs, key=costs.get)
         kept = next(check for check in due if check.step == result.step)
         assert torch.equal(result.codes, kept.codes[row]) and torch.equal(result.vector, kept.vectors[row])
         assert result.validation_loss == kept.validation[row].item()
-    assert len({result.step for result in found}) > 1
+    losses = {check.step: check.validation[2].item() for check in due}
+    assert found[2].step != min(losses, key=losses.get), "the penalty decided nothing: the test says little"
 
 
 def test_a_penalty_of_one_costs_one_nat_at_the_start(problem, sae, start, checks):
@@ -155,16 +156,18 @@ def test_the_scale_of_an_sae_changes_nothing(problem, sae, start):
     torch.testing.assert_close(ours.vector, theirs.vector, atol=1e-2, rtol=1e-2)
 
 
-def test_with_patience_it_stops_when_no_latent_goes_out_any_more_and_keeps_the_last_step(fit, sae, start, checks):
+def test_with_patience_it_stops_when_no_latent_goes_out_any_more_and_keeps_the_last_step(problem, sae, start, checks):
     """With a tiny step no latent ever goes out, so the patience runs from the start."""
-    (found,) = cleaning.clean(fit, sae, start, [0.0], lr=1e-6, steps=500, check_every=10, patience=20)
+    (found,) = cleaning.clean(problem, sae, start, [0.0], lr=1e-6, steps=500, check_every=10, patience=20)
     assert found.step == checks[-1].step == 20
     checks.clear()
-    (found,) = cleaning.clean(fit, sae, start, [5.0], lr=0.1, steps=500, check_every=1, patience=12)
+    (found,) = cleaning.clean(problem, sae, start, [3.0], lr=0.3, steps=500, check_every=1, patience=40)
     sizes = [int((check.codes != 0).sum()) for check in checks]
     new_minimum = max(i for i in range(1, len(sizes)) if sizes[i] < min(sizes[:i]))
-    assert found.step == checks[-1].step == new_minimum + 12
+    assert found.step == checks[-1].step == new_minimum + 40
     assert found.l0 == sizes[-1] and torch.equal(found.codes, checks[-1].codes[0])
+    costs = [(check.validation + check.penalty).item() for check in checks]
+    assert costs[-1] > min(costs) + 0.01, "the last step is the best: the test says little"
 
 
 # --- rows and batches ------------------------------------------------------------------------------------------
@@ -192,19 +195,30 @@ def test_a_batch_is_drawn_anew_at_every_step_and_by_the_step_alone(problem, sae,
     batched = dataclasses.replace(problem, batch=2)
     vector = vectors.matched_random(torch.ones(1, sae.d_in), 0)
     losses = torch.cat([batched.train_loss(vector, step) for step in range(200)])
-    assert torch.equal(losses[7:8], batched.train_loss(vector, 7)) and len(losses.unique()) > 5
+    close(losses[7:8], batched.train_loss(vector, 7))
+    assert len(losses.unique()) > 5
     # The mean over all batches is the loss over all prompts; the tolerance is five standard errors.
     assert abs(losses.mean() - problem.train_loss(vector, 0)) < 5 * losses.std() / 200**0.5
     first, again = (cleaning.prune_with_refit(batched, sae, signed, (6,), steps=6) for _ in range(2))
     whole = cleaning.prune_with_refit(problem, sae, signed, (6,), steps=6)
-    assert torch.equal(first[0][0].codes, again[0][0].codes)
-    assert not torch.allclose(first[0][0].codes, whole[0][0].codes)
+    torch.testing.assert_close(first[0][0].codes, again[0][0].codes, atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(first[0][0].codes, whole[0][0].codes, atol=1e-2, rtol=1e-2)
+
+
+def test_a_later_stage_of_pruning_goes_on_with_new_batches(problem, sae, signed):
+    batched = dataclasses.replace(problem, batch=2)
+    ((first, second),) = cleaning.prune_with_refit(batched, sae, signed[:1], (6, 6), steps=6)
+    ((same_batches,),) = cleaning.prune_with_refit(batched, sae, first.codes[None], (6,), steps=6)
+    assert not torch.allclose(second.codes, same_batches.codes, atol=1e-2, rtol=1e-2)
+    ((first, second),) = cleaning.prune_with_refit(problem, sae, signed[:1], (6, 6), steps=6)
+    ((without_batches,),) = cleaning.prune_with_refit(problem, sae, first.codes[None], (6,), steps=6)
+    torch.testing.assert_close(second.codes, without_batches.codes, atol=1e-3, rtol=1e-3)
 
 
 def test_a_batch_as_large_as_the_training_set_is_the_training_set(problem):
     vector = torch.ones(1, problem.train.model.d_model)
     everything = dataclasses.replace(problem, batch=len(problem.train.prompts))
-    assert torch.equal(everything.train_loss(vector, 3), problem.train_loss(vector, 0))
+    close(everything.train_loss(vector, 3), problem.train_loss(vector, 0))
 
 
 # --- pruning with refit ----------------------------------------------------------------------------------------

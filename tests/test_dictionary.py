@@ -66,7 +66,7 @@ def test_vector_plus_error_is_the_target_and_the_vector_is_what_the_codes_decode
     found = method(at, 2, sae, 6)
     contrast = method is dictionary.contrast_codes
     target = vectors.centred_task_vector(at, 2) if contrast else vectors.task_vector(at, 2)
-    assert torch.equal(found.target, target)
+    torch.testing.assert_close(found.target, target)
     torch.testing.assert_close(found.vector + found.error, target)
     torch.testing.assert_close(found.vector, sae.decode(found.codes, bias=not contrast))
     assert found.l0 == len(found.codes.nonzero()) > 0
@@ -76,7 +76,7 @@ def test_vector_plus_error_is_the_target_and_the_vector_is_what_the_codes_decode
 
 def test_reconstruction_encodes_the_mean_and_the_other_averages_the_codes(at, sae):
     rows = at.few[2]
-    assert torch.equal(dictionary.reconstruct(at, 2, sae).codes, sae.encode(rows.mean(0)))
+    torch.testing.assert_close(dictionary.reconstruct(at, 2, sae).codes, sae.encode(rows.mean(0)))
     found = dictionary.vector_on_reconstruction(at, 2, sae)
     torch.testing.assert_close(found.codes, sae.encode(rows).mean(0))
     torch.testing.assert_close(found.vector, sae.decode(sae.encode(rows)).mean(0))
@@ -166,7 +166,7 @@ def test_a_random_support_depends_on_its_seed_only(at, sae):
     state = torch.get_rng_state()
     first, again, other = (dictionary.random_support(at, 2, sae, 5, seed) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(first.codes, again.codes)
+    torch.testing.assert_close(first.codes, again.codes)
     assert set(first.codes.nonzero().flatten().tolist()) != set(other.codes.nonzero().flatten().tolist())
 
 
@@ -195,8 +195,8 @@ def test_contrast_codes_keep_as_many_latents_as_asked(at, sae):
     for k in (1, 5, whole.l0):
         part = dictionary.contrast_codes(at, 2, sae, k)
         support = part.codes != 0
-        assert part.l0 == k and torch.equal(part.codes[support], whole.codes[support])
-    assert torch.equal(part.codes, whole.codes)
+        assert part.l0 == k and torch.allclose(part.codes[support], whole.codes[support])
+    torch.testing.assert_close(part.codes, whole.codes)
 
 
 def test_the_largest_codes_are_those_that_move_the_vector_most():

@@ -1,5 +1,6 @@
 """Measurements: rows that the tables expect, with numbers that a plain forward pass gives."""
 
+import dataclasses
 import itertools
 
 import pandas as pd
@@ -32,6 +33,10 @@ def site(tiny):
 
 def noise(model, n, seed=0):
     return torch.randn(n, model.d_model, generator=torch.Generator().manual_seed(seed))
+
+
+def mean_of(values):
+    return sum(values) / len(values)
 
 
 def plain(model, prompt, vector, layer):
@@ -94,17 +99,17 @@ def test_losses_are_those_of_plain_forward_passes(tiny, site):
         assert row.rel_loss == pytest.approx((row.loss - zero_shot) / zero_shot)
 
 
-def test_accuracy_counts_every_accepted_answer(tiny):
-    """The answers are what the model says, so we know which prompts count."""
-    said = []
-    for x in WORDS:
-        ids = tiny.tokenizer(f"{x} ->")["input_ids"]
-        said.append(tiny.tokenizer.decode([tiny.hf(torch.tensor([ids])).logits[0, -1].argmax()]))
-    # One-byte answers stand for the byte after the separator: a space, so we compare with what starts with one.
-    spaces = sum(byte == " " for byte in said)
-    pairs = [tasks.Pair(x, "q", ("q", "z")) for x in WORDS]
-    site = engine.Site.prepare(tiny, prompts.zero_shot(tiny.tokenizer, pairs))
-    assert measurements.baseline(site, "zero_shot").accuracy[0] == spaces / len(WORDS)
+def test_an_accepted_answer_counts_as_right_and_a_longer_one_by_its_first_token(tiny, site):
+    ids = [torch.tensor([prompt.ids[: -len(prompt.answer)]]) for prompt in site.prompts]
+    said = [tiny.hf(i).logits[0, -1].argmax().item() for i in ids]
+    assert all(token != prompt.answer[0] for token, prompt in zip(said, site.prompts, strict=True))
+    extra = [((token,),) for token in said[:3]] + [((token, 9, 9),) for token in said[3:5]] + [()] * 2
+    batch = [
+        dataclasses.replace(prompt, accepted=prompt.accepted + more)
+        for prompt, more in zip(site.prompts, extra, strict=True)
+    ]
+    row = measurements.baseline(engine.Site.prepare(tiny, batch), "zero_shot").iloc[0]
+    assert row.accuracy == pytest.approx(5 / 7) and row.exact == pytest.approx(3 / 7)
 
 
 def test_a_zero_vector_measures_what_the_baseline_measures(tiny, site):
