@@ -127,15 +127,6 @@ def prune_with_refit(
     return paths
 
 
-def refit(
-    problem: Problem, sae: Sae, start: Float[Tensor, "n d_sae"], lr: float = 0.05, steps: int = 60,
-    check_every: int = 10,
-) -> list[Cleaned]:
-    """Tune the weights of a frozen support without penalty: the same atoms, their best weights."""
-    k = int((start != 0).sum(1).max())
-    return [path[0] for path in prune_with_refit(problem, sae, start, (k,), lr, steps, check_every)]
-
-
 def learned_vector(
     problem: Problem, start: Float[Tensor, "n d_model"], lr: float = 0.05, steps: int = 100, check_every: int = 5
 ) -> list[Cleaned]:

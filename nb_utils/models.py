@@ -189,10 +189,13 @@ def _converted(name: str) -> Path:
         raise ModelError(
             f"Converting {name!r} needs 3 GB in {target.parent}, but {free / 1e9:.1f} GB are free: set NB_CACHE."
         )
+    if target.exists():
+        raise ModelError(f"{target} is incomplete: delete it and run again to convert {name!r} anew.")
     # Everything happens in a scratch folder beside the target: a killed conversion leaves no half of it.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}.") as scratch:
         _convert(spec, Path(scratch))
         (Path(scratch) / "model.gguf").unlink()
+        os.chmod(scratch, 0o755)  # a cache may be shared; scratch folders are made private
         try:
             os.rename(scratch, target)
         except OSError:  # another process finished first; its copy is as good as ours

@@ -110,16 +110,7 @@ def loss_by_layer(
     modes = swept["mode"].nunique()
     for (method, mode, k), line in _lines(swept):
         line = line.sort_values("layer")
-        _band(ax, line["layer"], line, method)
-        ax.plot(
-            line["layer"],
-            line["mean"],
-            color=_color(method),
-            ls=STYLES[mode],
-            marker="o",
-            mec="white",
-            mew=0.6,
-        )
+        _draw(ax, line["layer"], line, method, mode)
         name = label(method, k) + (f", {mode}" if modes > 1 else "")
         ends.append((line["layer"].iloc[-1], line["mean"].iloc[-1], name, _color(method)))
     if not swept.empty:
@@ -141,16 +132,7 @@ def loss_vs_l0(frame: pd.DataFrame, value: str = "loss", ax: Axes | None = None,
     sparse = frame[~dense].assign(k=pd.NA)
     for (method, mode, _), line in _lines(sparse):
         line = line.sort_values("l0")
-        _band(ax, line["l0"].astype(float), line, method)
-        ax.plot(
-            line["l0"].astype(float),
-            line["mean"],
-            color=_color(method),
-            ls=STYLES[mode],
-            marker="o",
-            mec="white",
-            mew=0.6,
-        )
+        _draw(ax, line["l0"].astype(float), line, method, mode)
         ends.append((line["l0"].iloc[-1], line["mean"].iloc[-1], label(method), _color(method)))
     ax.set_xscale("log")
     if not sparse.empty:
@@ -360,6 +342,11 @@ def _levels(ax: Axes, frame: pd.DataFrame) -> list[tuple]:
         ax.axhline(row.mean, color=_color(row.method), ls=STYLES["none"], lw=1.4, zorder=1)
         ends.append((None, row.mean, label(row.method), _color(row.method)))
     return ends
+
+
+def _draw(ax: Axes, x, line: pd.DataFrame, method: str, mode: str) -> None:
+    _band(ax, x, line, method)
+    ax.plot(x, line["mean"], color=_color(method), ls=STYLES[mode], marker="o", mec="white", mew=0.6)
 
 
 def _band(ax: Axes, x, line: pd.DataFrame, method: str) -> None:

@@ -247,7 +247,7 @@ def test_pruning_keeps_the_codes_that_move_the_vector_most(problem, sae, signed)
 
 def test_refitting_lowers_the_loss_and_keeps_the_support_and_may_turn_no_code_on(fit, sae, signed):
     few = dictionary.keep_largest(signed, 5, sae)
-    for before, after in zip(few, cleaning.refit(fit, sae, few, steps=40), strict=True):
+    for before, (after,) in zip(few, cleaning.prune_with_refit(fit, sae, few, (5,), steps=40), strict=True):
         assert torch.equal(after.codes != 0, before != 0)
         assert after.train_loss < fit.train.loss((before @ sae.W_dec)[None], LAYER).item() - 0.05
 

@@ -159,6 +159,12 @@ def test_the_hash_of_a_model_is_that_of_its_weights(converted, shelf):
     assert models.load(str(copy)).sha256 != before
 
 
+def test_a_converted_folder_without_its_manifest_is_refused(converted):
+    (converted / "manifest.json").unlink()
+    message = refused(models.load, "toy")
+    assert str(converted) in message and "delete it" in message
+
+
 def test_a_package_that_does_not_match_its_pinned_hash_is_refused_and_leaves_nothing(toy, monkeypatch):
     monkeypatch.setitem(models.EMBEDDED, "toy", entry("0" * 64))
     message = refused(models.load, "toy")
