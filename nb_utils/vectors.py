@@ -26,7 +26,8 @@ def separators(
 
     The first ``skip`` separators of a prompt are left out: they have seen no example. (Post: 16 prompts x 16 shots.)
     """
-    queries = [pool[(seed + 7 * i) % len(pool)] for i in range(n_prompts)]
+    again = len(pool) % 7 == 0  # then every seventh pair only comes round to itself: a new round starts one further
+    queries = [pool[(seed + 7 * i + again * (7 * i // len(pool))) % len(pool)] for i in range(n_prompts)]
     few = prompts.few_shot(model.tokenizer, pool, queries, n_shots, seed, template)
     zero = prompts.zero_shot(model.tokenizer, pool, template)
     return Separators(

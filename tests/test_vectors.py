@@ -64,6 +64,14 @@ def test_every_pair_of_the_pool_gives_one_zero_shot_separator_and_no_prompt_leav
     assert all(set(text(prompt).split("\n")) <= lines for prompt in few)
 
 
+@pytest.mark.parametrize("size", [20, 35, 49, 61])
+def test_no_query_comes_twice_while_the_pool_has_others(tiny, asked, size):
+    pool = tuple(tasks.Pair(f"in{i}", f"out{i}", (f"out{i}",)) for i in range(size))
+    vectors.separators(tiny, pool, [0], n_prompts=min(size, 30), n_shots=1)
+    few = [tiny.tokenizer.decode(list(prompt.ids)) for prompt in asked[0][0]]
+    assert len({text.rpartition("\n")[2] for text in few}) == min(size, 30)
+
+
 def test_the_means_are_exact():
     at = Separators(
         few={3: torch.tensor([[1.0, 2.0], [3.0, 6.0]])}, zero={3: torch.tensor([[1.0, 1.0], [2.0, 1.0], [0.0, 4.0]])}
