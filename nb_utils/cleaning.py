@@ -95,6 +95,18 @@ def clean(
     return [_kept(checks, i, penalty, last=patience is not None) for i, penalty in enumerate(penalties)]
 
 
+def random_start(start: Float[Tensor, " d_sae"], sae: Sae, seed: int) -> Float[Tensor, " d_sae"]:
+    """Give the active values of ``start`` (pre-activations) to random latents: the control that must fail.
+
+    A latent whose threshold is above the value that it draws gets a value just above it, so that it starts alive.
+    """
+    values = start[sae.act(start) > 0]
+    order = torch.randperm(len(start), generator=torch.Generator().manual_seed(seed))[: len(values)].to(start.device)
+    strangers = torch.zeros_like(start)
+    strangers[order] = torch.maximum(values, sae.threshold[order] * 1.01 + 1e-6)
+    return strangers
+
+
 def prune_with_refit(
     problem: Problem, sae: Sae, start: Float[Tensor, "n d_sae"], sizes=(200, 100, 50, 30, 20, 10, 5),
     lr: float = 0.05, steps: int = 20, check_every: int = 4,

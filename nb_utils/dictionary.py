@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nb_utils.saes import Sae
-from nb_utils.vectors import Separators, centred_task_vector, task_vector
+from nb_utils.vectors import Streams, centred_task_vector, task_vector
 
 
 @dataclass(frozen=True)
@@ -34,25 +34,25 @@ class Codes:
         return int((self.codes != 0).sum())
 
 
-def reconstruct(at: Separators, layer: int, sae: Sae, k: int | None = None) -> Codes:
+def reconstruct(at: Streams, layer: int, sae: Sae, k: int | None = None) -> Codes:
     """Pass the mean vector through the SAE: decode(encode(TV)), the naive way (the post)."""
     target = task_vector(at, layer)
     codes = sae.encode(target)
     return Codes(codes, sae.decode(codes), target)
 
 
-def vector_on_reconstruction(at: Separators, layer: int, sae: Sae, k: int | None = None) -> Codes:
+def vector_on_reconstruction(at: Streams, layer: int, sae: Sae, k: int | None = None) -> Codes:
     """Pass every separator through the SAE, then average ("TV on recon" of the post)."""
     codes = sae.encode(at.few[layer]).mean(0)
     return Codes(codes, sae.decode(codes), task_vector(at, layer))
 
 
-def gradient_pursuit(at: Separators, layer: int, sae: Sae, k: int | None = 40) -> Codes:
+def gradient_pursuit(at: Streams, layer: int, sae: Sae, k: int | None = 40) -> Codes:
     """Pursue the TV with ``k`` non-negative unit atoms, one gradient step each ("ITO"; Blumensath & Davies 2008)."""
     return _pursuit(at, layer, sae, k, "gradient_pursuit")
 
 
-def nonnegative_omp(at: Separators, layer: int, sae: Sae, k: int | None = 40) -> Codes:
+def nonnegative_omp(at: Streams, layer: int, sae: Sae, k: int | None = 40) -> Codes:
     """Pursue the TV with ``k`` atoms, re-solving non-negative least squares after each: stronger than the paper's."""
     return _pursuit(at, layer, sae, k, "nonnegative_orthogonal_matching_pursuit")
 
@@ -70,14 +70,14 @@ def _pursuit(at, layer, sae, k, algorithm) -> Codes:
     return Codes(codes, sae.decode(codes), target)
 
 
-def top_k_projection(at: Separators, layer: int, sae: Sae, k: int | None = 40) -> Codes:
+def top_k_projection(at: Streams, layer: int, sae: Sae, k: int | None = 40) -> Codes:
     """Take the ``k`` atoms that the TV projects on most, with least-squares weights: a control for their choice."""
     target = task_vector(at, layer)
     support = (sae.decoder_directions @ (target - sae.b_dec)).topk(k).indices
     return _least_squares(target, support, sae)
 
 
-def random_support(at: Separators, layer: int, sae: Sae, k: int | None = 40, seed: int = 0) -> Codes:
+def random_support(at: Streams, layer: int, sae: Sae, k: int | None = 40, seed: int = 0) -> Codes:
     """Take ``k`` random atoms, with least-squares weights: a control for the number of atoms."""
     order = torch.randperm(len(sae.threshold), generator=torch.Generator().manual_seed(seed))
     return _least_squares(task_vector(at, layer), order[:k].to(sae.W_dec.device), sae)
@@ -89,7 +89,7 @@ def _least_squares(target, support, sae) -> Codes:
     return Codes(codes, sae.decode(codes), target)
 
 
-def contrast_codes(at: Separators, layer: int, sae: Sae, k: int | None = None) -> Codes:
+def contrast_codes(at: Streams, layer: int, sae: Sae, k: int | None = None) -> Codes:
     """Subtract mean zero-shot codes from mean few-shot codes; keep the ``k`` largest (None: all).
 
     Codes are signed and decoded without bias: they stand for the centred task vector.

@@ -128,6 +128,20 @@ class Site:
 
         ``mode``: "add" to the residual stream at the steered position, or "replace" it. Differentiable in ``vectors``.
         """
+        stream = self.model.hf.model.norm(self._run(vectors, layer, mode))
+        return stream[:, self.rows[0], self.rows[1]]
+
+    @torch.no_grad()
+    def read(
+        self, vectors: Float[Tensor, "n d_model"], layer: int, at: int, mode: str = "add"
+    ) -> Float[Tensor, "n batch d_model"]:
+        """Return the residual stream at the steered position after block ``at``; vectors apply after ``layer``."""
+        if at < layer:
+            raise ValueError(f"A vector applied after block {layer} does not reach block {at}: it is earlier.")
+        return self._run(vectors, layer, mode, at + 1)[:, :, 0]
+
+    def _run(self, vectors, layer, mode, end: int | None = None) -> Float[Tensor, "n batch suffix d_model"]:
+        """Run the blocks after ``layer`` (up to ``end``) on the suffix, for every vector."""
         if mode not in ("add", "replace"):
             raise ValueError(f"mode is 'add' or 'replace', not {mode!r}.")
         base = self.residual[layer]
@@ -136,11 +150,10 @@ class Site:
         first = base[:, 0] + v if mode == "add" else v
         stream = torch.cat([first[:, :, None], base[:, 1:].expand(n, -1, -1, -1)], dim=2)
         stream = stream.reshape(n * batch, suffix, d_model)
-        core = self.model.hf.model
-        for block, kwargs in zip(core.layers[layer + 1 :], self.kwargs[layer + 1 :], strict=True):
+        blocks = self.model.hf.model.layers[layer + 1 : end]
+        for block, kwargs in zip(blocks, self.kwargs[layer + 1 : end], strict=True):
             stream = _stream(block(stream, **{**_copies(kwargs, batch, n), "past_key_values": self.frozen}))
-        stream = core.norm(stream).view(n, batch, suffix, d_model)
-        return stream[:, self.rows[0], self.rows[1]]
+        return stream.view(n, batch, suffix, d_model)
 
     def loss(self, vectors, layer: int, mode: str = "add", vocabulary=None) -> Float[Tensor, " n"]:
         """Return the mean over prompts of the summed NLL of the answer tokens kept; differentiable in ``vectors``.

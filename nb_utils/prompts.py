@@ -3,6 +3,8 @@
 import random
 from dataclasses import dataclass
 
+from nb_utils.tasks import Pair
+
 
 @dataclass(frozen=True)
 class Template:
@@ -13,6 +15,7 @@ class Template:
 
 
 ARROW = Template()
+DUMMY = Pair("X", "Y", ("Y",))  # the shot that says nothing of the task, on whose "Y" detectors are tested (the post)
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,11 @@ def _answer(tokenizer, head: str, answer: str, n_head: int) -> tuple[int, ...]:
 def zero_shot(tokenizer, pairs, template: Template = ARROW) -> list[Prompt]:
     """Return one prompt ``x ->`` (with its answer) per pair."""
     return [encode(tokenizer, (), pair, template) for pair in pairs]
+
+
+def dummy_shot(tokenizer, pairs, template: Template = ARROW) -> list[Prompt]:
+    """Return one prompt ``X -> Y``, ``x ->`` (with its answer) per pair: a shot without content."""
+    return [encode(tokenizer, (DUMMY,), pair, template) for pair in pairs]
 
 
 def few_shot(tokenizer, pool, queries, n_shots: int, seed: int, template: Template = ARROW) -> list[Prompt]:

@@ -1,5 +1,6 @@
-"""Task vectors: what the separators of few-shot prompts carry, before and beside any SAE."""
+"""Task vectors: what the separators, or the outputs, of few-shot prompts carry, before and beside any SAE."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +12,8 @@ from nb_utils.models import Model
 
 
 @dataclass(frozen=True)
-class Separators:
-    """Residual streams at separators, per layer [n, d_model]: of few-shot prompts and of zero-shot ones."""
+class Streams:
+    """Residual streams at one kind of token, per layer [n, d_model]: in few-shot prompts, and where no example is."""
 
     few: dict[int, Float[Tensor, "n d_model"]]
     zero: dict[int, Float[Tensor, "m d_model"]]
@@ -21,7 +22,7 @@ class Separators:
 def separators(
     model: Model, pool: tuple[tasks.Pair, ...], layers, n_prompts: int = 16, n_shots: int = 16, skip: int = 1,
     seed: int = 0, template: prompts.Template = prompts.ARROW,
-) -> Separators:
+) -> Streams:
     """Collect the separators of ``n_prompts`` few-shot prompts over ``pool`` and of every zero-shot prompt of it.
 
     The first ``skip`` separators of a prompt are left out: they have seen no example. (Post: 16 prompts x 16 shots.)
@@ -30,19 +31,54 @@ def separators(
     queries = [pool[(seed + 7 * i + again * (7 * i // len(pool))) % len(pool)] for i in range(n_prompts)]
     few = prompts.few_shot(model.tokenizer, pool, queries, n_shots, seed, template)
     zero = prompts.zero_shot(model.tokenizer, pool, template)
-    return Separators(
+    return Streams(
         few=engine.residuals(model, few, [p.separators[skip:] for p in few], layers),
         zero=engine.residuals(model, zero, [p.separators for p in zero], layers, batch=64),
     )
 
 
-def task_vector(at: Separators, layer: int) -> Float[Tensor, " d_model"]:
-    """Average the residual stream over all few-shot separators (Hendel et al. 2023; the post)."""
+def outputs(
+    model: Model, pool: tuple[tasks.Pair, ...], layers, n_prompts: int = 16, n_shots: int = 16, seed: int = 0,
+    template: prompts.Template = prompts.ARROW,
+) -> Streams:
+    """Collect the last token of every y of few-shot prompts, and the "Y" of the dummy prompt ``X -> Y`` beside them.
+
+    What they carry beyond any output is that a task has been completed: the detectors of the post. No output counts
+    more often than outputs do on average, so that a common one ("Spanish") does not become the vector.
+    """
+    queries = [pool[(seed + i) % len(pool)] for i in range(n_prompts)]
+    few = prompts.few_shot(model.tokenizer, pool, queries, n_shots, seed, template)
+    dummy = prompts.dummy_shot(model.tokenizer, pool[:1], template)
+    return Streams(
+        few=engine.residuals(model, few, _balanced(few), layers),
+        zero=engine.residuals(model, dummy, [p.outputs for p in dummy], layers),
+    )
+
+
+def _balanced(few) -> list[tuple[int, ...]]:
+    """Return the output positions of each prompt, without those of outputs that came up more often than the mean."""
+    words = [
+        [p.ids[start + 1 : end + 1] for start, end in zip(p.separators[:-1], p.outputs, strict=True)] for p in few
+    ]
+    times = Counter(word for row in words for word in row)
+    most, seen, positions = -(-sum(times.values()) // len(times)), Counter(), []
+    for p, row in zip(few, words, strict=True):
+        spots = []
+        for end, word in zip(p.outputs, row, strict=True):
+            seen[word] += 1
+            if seen[word] <= most:
+                spots.append(end)
+        positions.append(tuple(spots))
+    return positions
+
+
+def task_vector(at: Streams, layer: int) -> Float[Tensor, " d_model"]:
+    """Average the residual stream over all few-shot tokens (Hendel et al. 2023; the post)."""
     return at.few[layer].mean(0)
 
 
-def centred_task_vector(at: Separators, layer: int) -> Float[Tensor, " d_model"]:
-    """Subtract the zero-shot separators' mean, which any separator carries whatever its task."""
+def centred_task_vector(at: Streams, layer: int) -> Float[Tensor, " d_model"]:
+    """Subtract the mean where no example is, which any such token carries whatever its task."""
     return at.few[layer].mean(0) - at.zero[layer].mean(0)
 
 

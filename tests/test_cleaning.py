@@ -277,3 +277,11 @@ def test_the_start_of_an_optimisation_is_left_as_it_was(problem, sae, start, sig
     cleaning.prune_with_refit(problem, sae, signed, (5,), steps=3)
     cleaning.learned_vector(problem, start[:, : sae.d_in], steps=3)
     assert torch.equal(start, before[0]) and torch.equal(signed, before[1])
+
+
+def test_a_random_start_has_as_many_active_latents_and_shares_few_with_the_vector(sae, start):
+    strangers = cleaning.random_start(start[0], sae, seed=0)
+    ours, theirs = sae.act(start[0]) > 0, sae.act(strangers) > 0
+    assert theirs.sum() == ours.sum() and not torch.equal(ours, theirs)
+    assert torch.equal(cleaning.random_start(start[0], sae, seed=0), strangers)
+    assert not torch.equal(cleaning.random_start(start[0], sae, seed=1), strangers)

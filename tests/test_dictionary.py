@@ -8,7 +8,7 @@ import torch
 
 from nb_utils import dictionary, models, saes, tasks, vectors
 from nb_utils.saes import Sae
-from nb_utils.vectors import Separators
+from nb_utils.vectors import Streams
 
 METHODS = [
     dictionary.reconstruct, dictionary.vector_on_reconstruction,
@@ -50,8 +50,8 @@ def build(W_dec, b_dec=None, W_enc=None, threshold=0.0):
 
 
 def only(target):
-    """Separators whose task vector is ``target``."""
-    return Separators({0: target[None]}, {0: torch.zeros_like(target)[None]})
+    """Streams whose task vector is ``target``."""
+    return Streams({0: target[None]}, {0: torch.zeros_like(target)[None]})
 
 
 def orthogonal(d=12, seed=0):
@@ -183,7 +183,7 @@ def test_contrast_codes_are_signed_differences_decoded_without_bias():
     sae = build(torch.eye(3), b_dec=torch.tensor([10.0, 10.0, 10.0]), threshold=0.5)
     few = torch.tensor([[12.0, 10.0, 11.0], [14.0, 10.0, 11.0]])
     zero = torch.tensor([[10.4, 13.0, 11.0]])
-    found = dictionary.contrast_codes(Separators({0: few}, {0: zero}), 0, sae)
+    found = dictionary.contrast_codes(Streams({0: few}, {0: zero}), 0, sae)
     assert torch.equal(found.codes, torch.tensor([3.0, -3.0, 0.0]))
     assert torch.equal(found.vector, torch.tensor([3.0, -3.0, 0.0])) and found.l0 == 2
     torch.testing.assert_close(found.error, torch.tensor([-0.4, 0.0, 0.0]), atol=1e-5, rtol=0)

@@ -82,6 +82,33 @@ def test_residuals_are_transformer_lens_hook_values(tiny):
         torch.testing.assert_close(ours[layer], torch.cat(theirs), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("at", ["separator", "output"])
+def test_reading_at_a_later_block_gives_the_hook_values_of_a_steered_pass(tiny, at):
+    pool = pairs()
+    batch = prompts.few_shot(tiny.tokenizer, pool, pool[:3], n_shots=2, seed=0)
+    site = engine.Site.prepare(tiny, batch, at=at)
+    vectors = torch.randn(2, tiny.d_model, generator=torch.Generator().manual_seed(1))
+    read = site.read(vectors, 1, 4)
+    for i, vector in enumerate(vectors):
+        for j, prompt in enumerate(batch):
+            position = prompt.separators[-1] if at == "separator" else prompt.outputs[-1]
+            seen = {}
+
+            def steer(stream, hook, vector=vector, position=position):
+                stream = stream.clone()
+                stream[:, position] += vector
+                return stream
+
+            def keep(stream, hook, seen=seen, position=position):
+                seen["there"] = stream[0, position]
+
+            hooks = [("blocks.1.hook_resid_post", steer), ("blocks.4.hook_resid_post", keep)]
+            tiny.bridge.run_with_hooks(torch.tensor([prompt.ids]), fwd_hooks=hooks)
+            torch.testing.assert_close(read[i, j], seen["there"], atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="earlier"):
+        site.read(vectors, 3, 2)
+
+
 def test_no_hook_stays_behind(tiny):
     batch = prompts.zero_shot(tiny.tokenizer, pairs())
     engine.Site.prepare(tiny, batch)

@@ -61,7 +61,7 @@ def drawn(ax):
 
 def test_every_method_of_the_modules_has_a_colour_and_a_name():
     source = "".join((ROOT / "nb_utils" / f"{module}.py").read_text() for module in ("dictionary", "cleaning"))
-    public = set(re.findall(r"^def ([a-z]\w+)\(at: Separators", source, re.M))
+    public = set(re.findall(r"^def ([a-z]\w+)\(at: Streams", source, re.M))
     assert {"reconstruct", "gradient_pursuit", "random_support"} <= public
     assert public <= set(plots.COLORS)
     assert set(plots.COLORS) == set(plots.LABELS)

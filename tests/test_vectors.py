@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nb_utils import engine, models, tasks, vectors
-from nb_utils.vectors import Separators
+from nb_utils.vectors import Streams
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_no_query_comes_twice_while_the_pool_has_others(tiny, asked, size):
 
 
 def test_the_means_are_exact():
-    at = Separators(
+    at = Streams(
         few={3: torch.tensor([[1.0, 2.0], [3.0, 6.0]])}, zero={3: torch.tensor([[1.0, 1.0], [2.0, 1.0], [0.0, 4.0]])}
     )
     assert torch.equal(vectors.task_vector(at, 3), torch.tensor([2.0, 4.0]))
@@ -82,8 +82,8 @@ def test_the_means_are_exact():
 
 def test_what_every_separator_carries_is_not_in_the_centred_vector():
     few, zero, generic = torch.randn(7, 4), torch.randn(5, 4), torch.randn(4) * 100
-    plain = vectors.centred_task_vector(Separators({0: few}, {0: zero}), 0)
-    shifted = vectors.centred_task_vector(Separators({0: few + generic}, {0: zero + generic}), 0)
+    plain = vectors.centred_task_vector(Streams({0: few}, {0: zero}), 0)
+    shifted = vectors.centred_task_vector(Streams({0: few + generic}, {0: zero + generic}), 0)
     torch.testing.assert_close(plain, shifted, atol=1e-4, rtol=0)
 
 
@@ -105,3 +105,33 @@ def test_a_matched_random_vector_has_the_norm_of_the_vector_and_a_direction_of_i
         torch.testing.assert_close(noise.norm(), vector.norm())
         assert torch.cosine_similarity(noise, vector, dim=0).abs() < 0.2
     assert vectors.matched_random(vector.bfloat16(), 0).dtype == torch.bfloat16
+
+
+def test_the_detector_vector_is_the_mean_over_the_last_tokens_of_outputs_and_y_stands_beside_it(tiny, asked):
+    at = vectors.outputs(tiny, POOL, [1], **SMALL)
+    (few, spots), (dummy, _) = asked
+    rows = []
+    for prompt, positions in zip(few, spots, strict=True):
+        _, cache = tiny.bridge.run_with_cache(torch.tensor([prompt.ids]))
+        ends = cache["blocks.1.hook_resid_post"][0, list(positions)]
+        assert [tiny.tokenizer.decode([prompt.ids[p + 1]]) for p in positions] == ["\n"] * len(positions)
+        rows.append(ends)
+    torch.testing.assert_close(vectors.task_vector(at, 1), torch.cat(rows).mean(0), atol=1e-4, rtol=1e-4)
+    (prompt,) = dummy
+    assert tiny.tokenizer.decode(list(prompt.ids), skip_special_tokens=True).startswith("X -> Y\nin0 ->")
+    _, cache = tiny.bridge.run_with_cache(torch.tensor([prompt.ids]))
+    torch.testing.assert_close(at.zero[1][0], cache["blocks.1.hook_resid_post"][0, prompt.outputs[0]])
+
+
+def test_no_output_counts_more_often_than_outputs_do_on_average(tiny, asked):
+    answers = ["aa"] * 9 + ["bb", "cc", "dd"]
+    pool = tuple(tasks.Pair(f"in{i}", y, (y,)) for i, y in enumerate(answers))
+    vectors.outputs(tiny, pool, [0], n_prompts=12, n_shots=8)
+    few, spots = asked[0]
+    shown = [tiny.tokenizer.decode(list(p.ids[s + 1 : e + 1])) for p in few
+             for s, e in zip(p.separators[:-1], p.outputs, strict=True)]
+    kept = [tiny.tokenizer.decode(list(p.ids[e - 1 : e + 1])) for p, ends in zip(few, spots, strict=True) for e in ends]
+    mean = -(-len(shown) // len(set(shown)))
+    assert kept.count("aa") == mean < shown.count(" aa")
+    assert {word: kept.count(word) for word in ("bb", "cc", "dd")} == {
+        word: shown.count(f" {word}") for word in ("bb", "cc", "dd")}
