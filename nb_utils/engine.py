@@ -6,17 +6,19 @@ So the blocks up to L, and the keys and values of every earlier position, are co
 vectors at once. Losses and gradients equal those of a full forward pass with a hook.
 """
 
+import os
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from nb_utils.models import Model
 from nb_utils.prompts import Prompt
 
-BYTE_BUDGET = 1 << 28  # what one chunk of an evaluation may take for logits and activations
-IGNORE = -100
+BYTE_BUDGET = int(os.environ.get("NB_BYTE_BUDGET", 1 << 28))  # what one chunk of vectors may take
+VOCABULARY_BLOCK = 2048  # logits computed at a time: they stay in the processor's cache until they are summed
 
 
 class _Frozen:
@@ -29,7 +31,8 @@ class _Frozen:
         kept = self.layers[layer_idx]
         copies = keys.shape[0] // kept[0].shape[0]
         return tuple(
-            torch.cat([old.repeat(copies, 1, 1, 1), new], dim=-2) for old, new in zip(kept, (keys, values), strict=True)
+            torch.cat([old.expand(copies, *old.shape), new.unflatten(0, (copies, -1))], dim=-2).flatten(0, 1)
+            for old, new in zip(kept, (keys, values), strict=True)
         )
 
 
@@ -160,12 +163,29 @@ class Site:
 
         ``vocabulary`` (from `vocabulary`) restricts the softmax to some tokens: for optimisation only.
         """
+        # Every block keeps what its backward pass needs, and the logits come as themselves and as two copies.
+        blocks = len(self.residual) - 1 - layer if vectors.requires_grad and torch.is_grad_enabled() else 1
+        width = len(self.model.hf.lm_head.weight if vocabulary is None else vocabulary.weight)
+        parts = vectors.split(self._chunk(blocks, 3 * width))
+        if len(parts) == 1:
+            return self._loss(vectors, layer, mode, vocabulary)
+        # Too many to keep: the backward pass runs each part forward once more.
+        return torch.cat([checkpoint(self._loss, part, layer, mode, vocabulary, use_reentrant=False) for part in parts])
+
+    def _loss(self, vectors, layer, mode, vocabulary):
         hidden = self.hidden(vectors, layer, mode)
         weight, labels = (self.model.hf.lm_head.weight, self.labels) if vocabulary is None else (
             vocabulary.weight, vocabulary.index[self.labels])
         logits = _capped(hidden @ weight.T, self.model).float()
         nll = logits.logsumexp(-1) - logits.gather(-1, labels.expand(len(vectors), -1)[..., None])[..., 0]
         return nll.sum(-1) / len(self.prompts)
+
+    def _chunk(self, blocks: int, width: int) -> int:
+        """Return how many vectors fit into the budget if ``blocks`` blocks and ``width`` logits a label are held."""
+        config, tokens = self.model.hf.config, self.residual[0][..., 0].numel()
+        block = tokens * (16 * config.hidden_size + 5 * config.intermediate_size)
+        block += 2 * sum(kept.numel() for kept in self.frozen.layers[0])  # copied per vector, and per head by attention
+        return max(1, BYTE_BUDGET // (4 * (blocks * block + len(self.labels) * width)))
 
     @torch.no_grad()
     def evaluate(
@@ -176,33 +196,13 @@ class Site:
 
         ``reference``: log-probabilities of the first answer token to which ``Scores.kl`` refers.
         """
-        vocab = self.model.hf.lm_head.weight.shape[0]
-        per_vector = 4 * (len(self.labels) * vocab + self.residual[0].numel() * 16)
-        chunk = max(1, BYTE_BUDGET // per_vector)
-        parts = [self._score(part, layer, mode, reference) for part in vectors.split(chunk)]
+        chunks = vectors.split(self._chunk(1, 3 * VOCABULARY_BLOCK))
+        parts = [self._score(part, layer, mode, reference) for part in chunks]
         return Scores(*(torch.cat([getattr(part, name) for part in parts]) for name in Scores.__dataclass_fields__))
 
     def _score(self, vectors, layer, mode, reference) -> Scores:
-        hidden = self.hidden(vectors, layer, mode)
-        weight = self.model.hf.lm_head.weight
-        n, n_labels, _ = hidden.shape
-        nll, best = torch.empty(n, n_labels), torch.empty(n, n_labels, dtype=torch.long)
-        kl = torch.full((n, len(self.prompts)), float("nan"))
-        rows = max(1, BYTE_BUDGET // (4 * weight.shape[0] * n))
-        for part in torch.arange(n_labels, device=hidden.device).split(rows):
-            logits = _capped(hidden[:, part] @ weight.T, self.model).float()
-            target = self.labels[part].expand(n, -1)[..., None]
-            norm = logits.logsumexp(-1)
-            nll[:, part] = (norm - logits.gather(-1, target)[..., 0]).cpu()
-            best[:, part] = logits.argmax(-1).cpu()
-            if reference is not None and (first := self.place[part] == 0).any():
-                row = self.rows[0, part[first]]
-                # sum p (log p - log q), with log q = logits - norm taken out of the sum
-                p = reference[row].exp()
-                own = (p * reference[row]).sum(-1)
-                cross = torch.einsum("nrv,rv->nr", logits[:, first], p) - norm[:, first]
-                kl[:, row.cpu()] = (own - cross).cpu()
-        shape = (n, len(self.prompts), int(self.place.max()) + 1)
+        nll, best, kl = (found.cpu() for found in self._read_out(self.hidden(vectors, layer, mode), reference))
+        shape = (len(vectors), len(self.prompts), int(self.place.max()) + 1)
         spots = (slice(None), self.rows[0].cpu(), self.place.cpu())
         padded, hit = torch.full(shape, float("nan")), torch.zeros(shape, dtype=torch.bool)
         padded[spots], hit[spots] = nll, best == self.labels.cpu()
@@ -217,6 +217,37 @@ class Site:
              for i, p in enumerate(self.prompts)], 1
         )
         return Scores(padded, hit, accepted, (hit | padded.isnan()).all(-1) | alone, kl)
+
+    def _read_out(self, hidden: Float[Tensor, "n n_labels d_model"], reference):
+        """Return every label's NLL and the likeliest token beside it [n, n_labels], and the KL [n, batch].
+
+        One pass over the vocabulary in blocks, with running maxima and sums: logits are never held as a whole.
+        """
+        weight, starts = self.model.hf.lm_head.weight, self.place == 0
+        order, device = self.rows[0, starts], hidden.device
+        peak = torch.full(hidden.shape[:2], -torch.inf, device=device)  # the largest logit so far
+        mass, own = torch.zeros_like(peak), torch.zeros_like(peak)  # sum of exp(logit - peak); the label's logit
+        best = torch.zeros_like(peak, dtype=torch.long)
+        kl = torch.full((len(hidden), len(self.prompts)), torch.nan if reference is None else 0.0, device=device)
+        for begin in range(0, len(weight), VOCABULARY_BLOCK):
+            part = slice(begin, begin + VOCABULARY_BLOCK)
+            logits = _capped(hidden @ weight[part].T, self.model).float()
+            here = (self.labels >= part.start) & (self.labels < part.stop)
+            own[:, here] = logits[:, here, self.labels[here] - begin]
+            if reference is not None:  # sum p (log p - log q), with log q = logit - log of the sum of exp
+                log_p = reference[order, part]
+                p, first = log_p.exp(), logits if starts.all() else logits[:, starts]
+                kl[:, order] += (p * log_p).sum(-1) - torch.einsum("nrv,rv->nr", first, p)
+            high = logits.amax(-1)
+            better = high > peak
+            best[better] = logits[better].argmax(-1) + begin
+            higher = torch.maximum(peak, high)
+            mass = mass * (peak - higher).exp() + (logits - higher[..., None]).exp_().sum(-1)
+            peak = higher
+        norm = peak + mass.log()
+        if reference is not None:
+            kl[:, order] += norm[:, starts]
+        return norm - own, best, kl
 
     @torch.no_grad()
     def log_probs(self, vectors, layer: int, mode: str = "add") -> Float[Tensor, "n batch vocab"]:
@@ -265,9 +296,13 @@ def vocabulary(site: Site, *others: Site, keep: int = 16384) -> Vocabulary:
     """
     weight = site.model.hf.lm_head.weight
     zero = torch.zeros(1, site.model.d_model, device=weight.device)
-    mean = torch.stack([s.log_probs(zero, len(s.residual) - 1).exp().mean((0, 1)) for s in (site, *others)]).mean(0)
+    mean = torch.zeros(len(weight), device=weight.device)
     for s in (site, *others):
-        mean[s.labels] = 2.0
+        order = torch.arange(len(s.prompts), device=weight.device)
+        for part in order.split(max(1, BYTE_BUDGET // (12 * len(weight)))):
+            mean += s.take(part).log_probs(zero, len(s.residual) - 1).exp().sum((0, 1)) / len(order)
+    for s in (site, *others):
+        mean[s.labels] = torch.inf
     ids = mean.topk(min(keep, len(mean))).indices.sort().values
     index = torch.full((len(mean),), -1, device=weight.device)
     index[ids] = torch.arange(len(ids), device=weight.device)

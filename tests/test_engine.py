@@ -127,10 +127,21 @@ def test_a_vocabulary_of_every_token_changes_nothing_and_a_small_one_keeps_the_a
 
 def test_chunks_do_not_change_the_result(tiny, monkeypatch):
     site = engine.Site.prepare(tiny, prompts.zero_shot(tiny.tokenizer, pairs()))
-    vectors = torch.randn(7, tiny.d_model)
-    whole = site.evaluate(vectors, 2)
+    vectors = torch.randn(7, tiny.d_model, requires_grad=True)
+    scores, loss, small = site.evaluate(vectors, 2), site.loss(vectors, 2), engine.vocabulary(site, keep=20)
+    loss.square().sum().backward()
+    gradient, vectors.grad = vectors.grad, None
     monkeypatch.setattr(engine, "BYTE_BUDGET", 50_000)
-    torch.testing.assert_close(site.evaluate(vectors, 2).nll, whole.nll, atol=1e-5, rtol=0, equal_nan=True)
+    monkeypatch.setattr(engine, "VOCABULARY_BLOCK", 7)
+    assert site._chunk(1, 7) < len(vectors)
+    again = site.evaluate(vectors, 2)
+    torch.testing.assert_close(again.nll, scores.nll, atol=1e-5, rtol=0, equal_nan=True)
+    assert torch.equal(again.hit, scores.hit) and torch.equal(again.accepted, scores.accepted)
+    in_parts = site.loss(vectors, 2)
+    torch.testing.assert_close(in_parts, loss)
+    in_parts.square().sum().backward()
+    torch.testing.assert_close(vectors.grad, gradient)
+    assert torch.equal(engine.vocabulary(site, keep=20).index, small.index)
 
 
 def test_an_empty_site_and_an_unknown_mode_are_refused(tiny):
