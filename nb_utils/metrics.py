@@ -160,6 +160,22 @@ def choose(frame: pd.DataFrame, most: int | None = None) -> pd.DataFrame:
     return kept.sort_index()
 
 
+def survivors(features: pd.DataFrame, most: int = 5, k: int = 10) -> pd.DataFrame:
+    """Return the features that a task keeps: the book's one answer to "which are its features?".
+
+    ``features``: the table of latents before and after of experiment 02 (executors) or 04 (detectors). Taken are,
+    for every task and layer of its first seed, the ``most`` largest positive weights of the vector pruned to ``k``,
+    and of the vector cleaned under the largest penalty. Columns: task, layer, latent, weight (the larger of both).
+    No loss is looked at.
+    """
+    first = features[features["seed"].eq(features["seed"].min()) & (features["after"] > 0)]
+    pruned = first[first["method"].eq("prune_contrast") & first["k"].eq(k).fillna(False)]
+    cleaned = rows(first, method="clean", penalty=first["penalty"].max())
+    kept = [part.sort_values("after").groupby(["task", "layer"]).tail(most) for part in (pruned, cleaned)]
+    found = pd.concat(kept).groupby(["task", "layer", "latent"], as_index=False)["after"].max()
+    return found.rename(columns={"after": "weight"})
+
+
 def best_layer(frame: pd.DataFrame, column: str = "validation_loss") -> int:
     """Return the layer with the lowest mean of ``column`` over tasks, of those that have the most tasks."""
     steered = frame[frame["layer"] >= 0]

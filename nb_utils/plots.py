@@ -256,6 +256,53 @@ def feature_weights(frame: pd.DataFrame, ax: Axes | None = None, most: int = 40)
     return ax
 
 
+def layer_grids(
+    grids: Mapping[str, pd.DataFrame], largest: float, title: str = "", form: str = "{:.0f}"
+) -> Figure:
+    """Draw one small heat map per method: rows where a vector is added, columns where the stream is read.
+
+    ``grids``: {method: frame of numbers, index and columns are layers}; all share the scale from 0 to ``largest``.
+    """
+    n = len(grids)
+    fig, axes = plt.subplots(1, n, figsize=(0.6 + 1.85 * n, 2.5), sharey=True, squeeze=False)
+    for ax, (method, grid) in zip(axes[0], grids.items(), strict=True):
+        ax.imshow(grid, cmap="cividis", vmin=0, vmax=largest, aspect="auto")
+        for (i, j), number in np.ndenumerate(grid.to_numpy(float)):
+            if np.isfinite(number):
+                color = INK if number > 0.6 * largest else "white"
+                ax.text(j, i, form.format(number), ha="center", va="center", fontsize=7.5, color=color)
+        ax.set_title(label(method), fontsize=8.5)
+        ax.set_xticks(range(grid.shape[1]), grid.columns)
+        ax.set_yticks(range(grid.shape[0]), grid.index)
+        ax.tick_params(length=0)
+        ax.grid(False)
+        ax.spines[:].set_visible(False)
+    axes[0, 0].set_ylabel("added after block")
+    fig.supxlabel("read after block", fontsize=9)
+    fig.suptitle(title, fontsize=10.5, weight="bold", x=0.01, ha="left")
+    return fig
+
+
+def scale_sweep(frame: pd.DataFrame, value: str = "loss", ax: Axes | None = None) -> Axes:
+    """Draw loss (or "accuracy") against the scale of one steered direction (log axis), a line per latent.
+
+    ``frame``: latent, scale and ``value``. Negative latents are random directions, in grey.
+    """
+    ax = ax or plt.subplots()[1]
+    ends = []
+    colors = iter(plt.get_cmap("cividis")(np.linspace(0, 0.85, max(1, (frame["latent"].unique() >= 0).sum()))))
+    for latent, line in frame.sort_values("scale").groupby("latent"):
+        color = COLORS["random_support"] if latent < 0 else plt.matplotlib.colors.to_hex(next(colors))
+        ax.plot(line["scale"], line[value], color=color, lw=1.1 if latent < 0 else 1.8)
+        name = "random" if latent < 0 else f"feature {latent}"
+        ends.append((line["scale"].iloc[-1], line[value].iloc[-1], name, color))
+    ax.set_xscale("log")
+    ax.set_xlabel("scale (mean residual norms, log scale)")
+    ax.set_ylabel("right first answer tokens" if value == "accuracy" else "loss (nats, first answer token)")
+    _label_ends(ax, ends)
+    return ax
+
+
 def accuracy_dots(frame: pd.DataFrame, ax: Axes | None = None, value: str = "accuracy") -> Axes:
     """Draw one row of dots per task, one dot per method, tasks in the order of the last method's value.
 

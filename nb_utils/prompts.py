@@ -83,3 +83,19 @@ def few_shot(tokenizer, pool, queries, n_shots: int, seed: int, template: Templa
         others = [pair for pair in pool if pair.x != query.x]
         prompts.append(encode(tokenizer, rng.sample(others, min(n_shots, len(others))), query, template))
     return prompts
+
+
+def token_types(prompt: Prompt) -> list[str | None]:
+    """Say of every token what it belongs to: "input", "arrow", "output", "newline", or None for the first token and the answer.
+
+    The first token (BOS, or without one the sink of attention) is no part of a pair. An arrow is the separator's last
+    token; where a separator or a line break has several, the others count to what precedes them.
+    """
+    kinds: list[str | None] = ["input"] * (len(prompt.ids) - len(prompt.answer)) + [None] * len(prompt.answer)
+    for start, end in zip(prompt.separators, prompt.outputs, strict=False):  # the query has no output
+        kinds[start + 1 : end + 1] = ["output"] * (end - start)
+        kinds[end + 1] = "newline"
+    for separator in prompt.separators:
+        kinds[separator] = "arrow"
+    kinds[0] = None
+    return kinds
