@@ -124,12 +124,23 @@ def _twin(hf: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     return twin.eval().requires_grad_(False)
 
 
+_KEPT: dict[tuple, Model] = {}  # only in the parent of forked kernels, see nb_utils.kernels
+
+
+def keep(name: str) -> None:
+    """Load a model as `load` does by default, which from then on returns it at once in this process and its forks."""
+    model = load(name)
+    _KEPT[name, "cpu", torch.float32] = model
+
+
 def load(name: str = "gemma-3-270m", device: str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
     """Load a model by name: an embedded one, ``tiny`` (random, for tests), a folder, or any hub name.
 
     Raises ModelError when the name is unknown, a file does not hash to what it should, or there is no room to
     convert it.
     """
+    if (name, device, dtype) in _KEPT:
+        return _KEPT[name, device, dtype]
     if name == TINY:
         return _tiny(device, dtype)
     folder = _converted(name) if name in EMBEDDED else Path(name)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import nbformat
 import papermill
+from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
@@ -27,6 +28,14 @@ OWN_ERRORS = ("TaskError", "ModelError", "SaeError", "TableError", "RunError")
 
 class RunError(ValueError):
     """A run that cannot start or did not finish; the message is one sentence for the user."""
+
+
+class ForkedKernelManager(AsyncKernelManager):
+    """Start each kernel as a copy of the warm parent of `nb_utils.kernels` that listens at ``NB_KERNELS``."""
+
+    def format_kernel_cmd(self, extra_arguments=None):
+        command = super().format_kernel_cmd(extra_arguments)
+        return [*command[:2], "nb_utils.kernels", os.environ["NB_KERNELS"], "--attach", *command[3:]]
 
 
 def known_parameters(notebook: str | Path) -> dict[str, object]:
@@ -69,7 +78,8 @@ def execute(
         with _logged(log):
             papermill.execute_notebook(
                 str(notebook), scratch, parameters=dict(parameters), kernel_name="python3",
-                progress_bar=False, log_output=True,
+                progress_bar=False, log_output=True, start_timeout=600,  # the parent may be loading a large model
+                **({"kernel_manager_class": ForkedKernelManager} if os.environ.get("NB_KERNELS") else {}),
             )
         run = nbformat.read(scratch, as_version=4)
         if run.metadata.papermill.get("exception") or not run.metadata.papermill.get("end_time"):
