@@ -142,6 +142,19 @@ def compare(
     return Comparison(float(by_task.mean()), float(low[0]), float(high[0]), by_task.sort_values())
 
 
+def over_tasks(values: pd.Series, seed: int = 0) -> Comparison:
+    """Bootstrap the mean of one number a task (a difference, or any measure that has no prompts), over tasks.
+
+    ``values``: indexed by task; missing ones are left out. Raises ValueError if none is left.
+    """
+    found = values.dropna().astype(float).sort_values().rename("difference")
+    if found.empty:
+        raise ValueError("No task has this number: nothing can be averaged.")
+    draws = np.random.default_rng(seed).choice(found.to_numpy(), (1, DRAWS, len(found))).mean(2)
+    low, high = _quantiles(draws)
+    return Comparison(float(found.mean()), float(low[0]), float(high[0]), found)
+
+
 def choose(frame: pd.DataFrame, most: int | None = None) -> pd.DataFrame:
     """Keep the best row of each method, task, layer, mode, seed and prompt set, of at most ``most`` latents.
 
@@ -174,6 +187,33 @@ def survivors(features: pd.DataFrame, most: int = 5, k: int = 10) -> pd.DataFram
     kept = [part.sort_values("after").groupby(["task", "layer"]).tail(most) for part in (pruned, cleaned)]
     found = pd.concat(kept).groupby(["task", "layer", "latent"], as_index=False)["after"].max()
     return found.rename(columns={"after": "weight"})
+
+
+def steering_gain(frame: pd.DataFrame) -> pd.Series:
+    """Normalise single-feature effects as the post does: 1 for the feature that helps a task most, 0 for no help.
+
+    ``frame``: task and rel_loss, one row per feature and task. A loss above the unsteered one counts as no effect;
+    the fall is divided by the task's largest, and less than a fifth of that is set to 0.
+    """
+    fall = (-frame["rel_loss"]).clip(lower=0)
+    gain = fall / fall.groupby(frame["task"]).transform("max").replace(0, np.nan)
+    return gain.where(gain >= 0.2, 0).rename("gain")
+
+
+def block_order(gain: pd.DataFrame) -> tuple[list, list]:
+    """Order a grid of gains (features x tasks) so that what belongs together stands together.
+
+    Tasks by hierarchical clustering of their columns, features by the task that each helps most.
+    """
+    columns = list(gain.columns)
+    if len(columns) > 2:
+        from scipy.cluster.hierarchy import leaves_list, linkage
+
+        columns = [columns[i] for i in leaves_list(linkage(gain.to_numpy().T, "average", optimal_ordering=True))]
+    ordered = gain[columns]
+    best = ordered.to_numpy().argmax(axis=1)
+    rank = sorted(range(len(ordered)), key=lambda i: (best[i], -ordered.iloc[i].max()))
+    return [ordered.index[i] for i in rank], columns
 
 
 def best_layer(frame: pd.DataFrame, column: str = "validation_loss") -> int:

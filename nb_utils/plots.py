@@ -283,6 +283,34 @@ def layer_grids(
     return fig
 
 
+def steering_heatmaps(raw: pd.DataFrame, gain: pd.DataFrame, in_raw: pd.DataFrame, in_clean: pd.DataFrame) -> Figure:
+    """Draw features x tasks twice: relative loss change, clipped at 1, and normalised gain.
+
+    All four frames share index (latents, in the order to draw) and columns (tasks). A hollow dot marks a feature that
+    is active in the task's raw vector, a full one a feature that survives its cleaning.
+    """
+    n, m = raw.shape
+    size = (1.4 + 2 * 0.235 * m, 1.9 + 0.165 * n)
+    fig, axes = plt.subplots(1, 2, figsize=size, sharey=True)
+    images = [
+        axes[0].imshow(raw.clip(upper=1), cmap="RdBu_r", norm=TwoSlopeNorm(0, -1, 1), aspect="auto"),
+        axes[1].imshow(gain, cmap="cividis", vmin=0, vmax=1, aspect="auto"),
+    ]
+    for ax, image, name in zip(axes, images, ("loss, change from unsteered", "gain / the task's largest"), strict=True):
+        for marks, face in ((in_raw & ~in_clean, "none"), (in_clean, INK if ax is axes[0] else "white")):
+            y, x = np.nonzero(marks.to_numpy())
+            edge = INK if ax is axes[0] else "white"
+            ax.scatter(x, y, s=7, marker="o", facecolors=face, edgecolors=edge, linewidths=0.6)
+        ax.set_xticks(range(m), [title(task) for task in raw.columns], rotation=90, fontsize=6.5)
+        ax.set_yticks(range(n), raw.index, fontsize=6)
+        ax.tick_params(length=0)
+        ax.grid(False)
+        ax.spines[:].set_visible(False)
+        fig.colorbar(image, ax=ax, location="top", shrink=0.7, aspect=30, label=name)
+    axes[0].set_ylabel("feature")
+    return fig
+
+
 def scale_sweep(frame: pd.DataFrame, value: str = "loss", ax: Axes | None = None) -> Axes:
     """Draw loss (or "accuracy") against the scale of one steered direction (log axis), a line per latent.
 
