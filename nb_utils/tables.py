@@ -24,7 +24,7 @@ FOLDER = "results/tables"
 MODEL = "gemma-3-270m"
 PACKAGES = ("numpy", "sae-lens", "torch", "transformer-lens", "transformers")
 # Modules that cannot change a measurement: the hash of the code leaves them out.
-AFTER_MEASURING = ("__init__", "kernels", "metrics", "plots", "runs", "tables")
+AFTER_MEASURING = ("__init__", "evidence", "kernels", "metrics", "plots", "runs", "tables")
 PROVENANCE = b"provenance"
 
 # Columns that would come out differently from task to task (a column of NaN only, a column without NA).
@@ -34,7 +34,15 @@ DTYPES = {
     "token_loss": "float64", "accuracy": "float64", "exact": "float64", "rel_loss": "float64", "n": "int64",
     "d_ntp": "float64", "train_loss": "float64", "validation_loss": "float64", "step": "Int64",
     "seconds": "float64", "latent": "int32", "before": "float32", "after": "float32",
+    "density": "float32", "largest": "float32",
 }  # fmt: skip
+# Columns that hold a list of records.
+_LOGITS = pa.list_(pa.struct({"token": pa.string(), "logit": pa.float32()}))
+_EXAMPLE = {
+    "before": pa.string(), "token": pa.string(), "after": pa.string(), "activation": pa.float32(),
+    "source": pa.string(), "language": pa.string(),
+}  # fmt: skip
+RECORDS = {"examples": pa.list_(pa.struct(_EXAMPLE)), "promoted": _LOGITS, "suppressed": _LOGITS}
 
 
 class TableError(ValueError):
@@ -74,7 +82,8 @@ def save(
     """Write one table whole or not at all, and return its path.
 
     It is written beside its place under a name of its own, then moved: a full disk or a kill leaves an older
-    table intact. Columns of `DTYPES` get these types; ``losses`` becomes a list of float32 a row.
+    table intact. Columns of `DTYPES` get these types; ``losses`` becomes a list of float32 a row, the columns
+    of `RECORDS` lists of records.
     ``folder``: a relative one is below the project root (None: that of NB_TABLES, or results/tables).
 
     Raises TableError if the table cannot be written.
@@ -83,7 +92,10 @@ def save(
     frame = frame.astype({column: kind for column, kind in DTYPES.items() if column in frame})
     if "losses" in frame:
         frame["losses"] = [np.asarray(losses, np.float32) for losses in frame["losses"]]
-    table = pa.Table.from_pandas(frame, preserve_index=False)
+    records = {name: kind for name, kind in RECORDS.items() if name in frame}
+    table = pa.Table.from_pandas(frame.drop(columns=list(records)), preserve_index=False)
+    for column, kind in records.items():
+        table = table.append_column(column, pa.array(frame[column].tolist(), kind))
     table = table.replace_schema_metadata(
         {**(table.schema.metadata or {}), PROVENANCE: json.dumps(dict(provenance), sort_keys=True).encode()}
     )
@@ -92,7 +104,7 @@ def save(
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with scratch.open("wb") as stream:
-                pq.write_table(table, stream, compression="zstd")
+                pq.write_table(table, stream, compression="zstd", compression_level=15)
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(scratch, path)

@@ -1,0 +1,261 @@
+"""Collect evidence for every latent of a set of SAEs: what it fires on in held-out text, what its direction promotes.
+
+Run as ``python -m workflow.collect_evidence``. Only text that may be shown is read, in sequences that each lie in one
+document; BOS is left out. All layers share one pass of the model. A killed run goes on from its last checkpoint.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from nb_utils import models, saes, tables
+from nb_utils.models import Model, cache_dir
+from nb_utils.saes import Sae
+from workflow.train_saes import CONTEXT, harvest
+
+WIDTH = CONTEXT - 1  # tokens of a sequence without BOS
+SEQUENCES = 8  # at least, to a pass of the model: what it works on then stays in the cache of a core
+EXAMPLES, PROMOTED = 5, 10
+BEFORE, AFTER = 16, 8  # tokens shown around a firing one
+UNUSED = re.compile(r"<unused\d+>")  # places that Gemma's vocabulary keeps free
+STEM = "features"
+
+
+class EvidenceError(ValueError):
+    """Evidence that cannot be collected; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Sequences of held-out text, with what is needed to show a token where it stood."""
+
+    documents: pd.DataFrame  # source, language, text
+    offsets: list[np.ndarray]  # per document: characters [tokens, 2] of each token
+    rows: Int[Tensor, "n context"]  # BOS first
+    document: np.ndarray  # [n] which document
+    start: np.ndarray  # [n] first token in that document
+
+
+def showable(corpus: pd.DataFrame, tokenizer, n_tokens: int) -> Text:
+    """Cut ``n_tokens`` of held-out, showable text into sequences, taken at even distances from all of it.
+
+    A sequence never crosses into another document, so that each example has one source; what is left at the end of a
+    document is dropped. Raises EvidenceError if there is not that much text.
+    """
+    documents = corpus[(corpus["split"] == "heldout") & corpus["showable"]].reset_index(drop=True)
+    ids, offsets = [], []
+    for at in range(0, len(documents), 500):
+        batch = documents["text"].iloc[at : at + 500].tolist()
+        read = tokenizer(batch, add_special_tokens=False, return_offsets_mapping=True)
+        ids += [np.asarray(found, dtype=np.int64) for found in read["input_ids"]]
+        offsets += [np.asarray(found, dtype=np.int32).reshape(-1, 2) for found in read["offset_mapping"]]
+    places = [(which, start) for which, found in enumerate(ids) for start in range(0, len(found) - WIDTH + 1, WIDTH)]
+    n = math.ceil(n_tokens / WIDTH)
+    if n > len(places):
+        raise EvidenceError(
+            f"Only {len(places) * WIDTH:,} tokens of held-out text may be shown: ask for no more with --tokens."
+        )
+    document, start = np.array(places)[np.linspace(0, len(places) - 1, n).astype(int)].T
+    rows = np.stack([ids[which][at : at + WIDTH] for which, at in zip(document, start, strict=True)])
+    rows = np.concatenate([np.full((n, 1), tokenizer.bos_token_id), rows], axis=1)
+    return Text(documents[["source", "language", "text"]], offsets, torch.from_numpy(rows), document, start)
+
+
+def chunks(document: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Group sequences into runs of whole documents, at least SEQUENCES to a run (the last has what is left)."""
+    first = 0
+    for end in [*(np.flatnonzero(np.diff(document)) + 1), len(document)]:
+        if end - first >= SEQUENCES or end == len(document):
+            yield first, int(end)
+            first = int(end)
+
+
+@dataclass
+class Tally:
+    """What is known of the latents of one SAE so far; tokens are counted over all sequences, BOS left out."""
+
+    fired: Int[Tensor, " d_sae"]  # tokens
+    value: Float[Tensor, "examples d_sae"]  # largest activations of different documents, in falling order
+    at: Int[Tensor, "examples d_sae"]  # their tokens, -1 where there is none
+
+    @classmethod
+    def empty(cls, d_sae: int) -> "Tally":
+        return cls(
+            torch.zeros(d_sae, dtype=torch.int64),
+            torch.zeros(EXAMPLES, d_sae),
+            torch.full((EXAMPLES, d_sae), -1),
+        )
+
+    def add(self, codes: Float[Tensor, "tokens d_sae"], first: int) -> None:
+        """Take in the codes of one document, whose first token is number ``first``; equals keep the earlier one."""
+        self.fired += (codes > 0).sum(0)
+        value, at = codes.max(0, keepdim=True)
+        value = torch.cat([self.value, value])
+        at = torch.cat([self.at, torch.where(value[-1:] > 0, at + first, -1)])
+        order = value.argsort(dim=0, descending=True, stable=True)[:EXAMPLES]
+        self.value, self.at = value.gather(0, order), at.gather(0, order)
+
+
+@torch.no_grad()
+def collect(model: Model, loaded: list[Sae], text: Text, checkpoint: Path, every: float = 60) -> dict[int, Tally]:
+    """Return a Tally per layer over all of ``text``, going on from ``checkpoint`` if it is there.
+
+    ``checkpoint`` is written about each ``every`` seconds, and at the end. Chunks are the same in every run, and so
+    are the tallies, killed or not.
+    """
+    tallies, done = {sae.layer: Tally.empty(sae.d_sae) for sae in loaded}, 0
+    if checkpoint.exists():
+        state = load_file(checkpoint)
+        done = int(state["done"])
+        tallies = {layer: Tally(*(state[f"{layer}.{key}"] for key in Tally.__annotations__)) for layer in tallies}
+    saved = time.monotonic()
+    with tqdm(total=text.rows.shape[0] * WIDTH, initial=done * WIDTH, unit="token", unit_scale=True) as bar:
+        for first, end in chunks(text.document):
+            if end <= done:
+                continue
+            activations = harvest(model.hf, text.rows[first:end].to(model.device), list(tallies))
+            cuts = [0, *(np.flatnonzero(np.diff(text.document[first:end])) + 1), end - first]
+            for sae in loaded:
+                for a, b in pairwise(cuts):
+                    codes = sae.encode(activations[sae.layer][a * WIDTH : b * WIDTH].float())
+                    tallies[sae.layer].add(codes.cpu(), int(first + a) * WIDTH)
+            bar.update((end - first) * WIDTH)
+            if time.monotonic() - saved >= every or end == len(text.rows):
+                _store(checkpoint, tallies, end)
+                saved = time.monotonic()
+    return tallies
+
+
+def _store(checkpoint: Path, tallies: dict[int, Tally], done: int) -> None:
+    state = {f"{layer}.{key}": value for layer, tally in tallies.items() for key, value in vars(tally).items()}
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    scratch = checkpoint.with_suffix(f".{os.getpid()}.part")
+    save_file(state | {"done": torch.tensor(done)}, scratch)
+    os.replace(scratch, checkpoint)
+
+
+@torch.no_grad()
+def logit_lens(model: Model, directions: Float[Tensor, "n d_model"], block: int = 64) -> tuple[list, list]:
+    """Return the most promoted and the most suppressed tokens of each direction, as lists of {token, logit}.
+
+    A direction goes through the final norm as if it were the whole residual stream (which scales it, and weighs its
+    parts), then through the unembedding; the mean over the vocabulary is taken off. Places of the vocabulary that
+    stand for no text are left out (nostalgebraist 2020, "interpreting GPT: the logit lens").
+    """
+    tokenizer, W_U = model.tokenizer, model.hf.lm_head.weight
+    special = set(tokenizer.all_special_ids)
+    kept = torch.tensor(
+        [i for i in range(min(len(tokenizer), len(W_U)))
+         if i not in special and not UNUSED.fullmatch(tokenizer.convert_ids_to_tokens(i))]
+    )  # fmt: skip
+    W_U = W_U[kept]
+    up, down = [], []
+    for part in tqdm(directions.split(block), desc="logit lens", leave=False):
+        logits = (model.hf.model.norm(part.to(W_U.dtype)) @ W_U.T).float()
+        logits -= logits.mean(1, keepdim=True)
+        for found, largest in ((up, True), (down, False)):
+            top = logits.topk(min(PROMOTED, len(kept)), largest=largest)
+            for values, ids in zip(top.values.tolist(), kept[top.indices].tolist(), strict=True):
+                named = zip(map(partial(piece, tokenizer), ids), values, strict=True)
+                found.append([{"token": token, "logit": rounded(value, 2)} for token, value in named])
+    return up, down
+
+
+def rounded(value: float, digits: int) -> float:
+    """Keep some significant digits: the tables are committed, and noise does not compress."""
+    return float(f"{value:.{digits}g}")
+
+
+def piece(tokenizer, token: int) -> str:
+    """Return the text of one token; one that is only a part of a character goes by its name in the vocabulary."""
+    text = tokenizer.decode([token])
+    return tokenizer.convert_ids_to_tokens(token) if "\ufffd" in text or not text else text
+
+
+def example(text: Text, at: int, activation: float) -> dict:
+    """Return token number ``at`` as shown: text before it, itself and after it, within what the model saw.
+
+    A token that is a part of a character is shown as the whole character.
+    """
+    row, column = divmod(at, WIDTH)
+    which, start = text.document[row], text.start[row]
+    offsets = text.offsets[which][start : start + WIDTH]
+    a, b = offsets[column]
+    left, right = offsets[max(0, column - BEFORE), 0], offsets[min(WIDTH - 1, column + AFTER), 1]
+    document = text.documents.iloc[which]
+    return {
+        "before": document["text"][left:a], "token": document["text"][a:b], "after": document["text"][b:right],
+        "activation": rounded(activation, 3), "source": document["source"], "language": document["language"],
+    }  # fmt: skip
+
+
+def frame(model: Model, sae: Sae, text: Text, tally: Tally) -> pd.DataFrame:
+    """Return the evidence for one SAE, a row per latent."""
+    promoted, suppressed = logit_lens(model, sae.decoder_directions)
+    examples = [
+        [example(text, at, value) for at, value in zip(ats, values, strict=True) if at >= 0]
+        for ats, values in zip(tally.at.T.tolist(), tally.value.T.tolist(), strict=True)
+    ]
+    return pd.DataFrame(
+        {
+            "layer": sae.layer, "latent": np.arange(sae.d_sae),
+            "density": tally.fired.numpy() / (len(text.rows) * WIDTH), "largest": tally.value[0].numpy(),
+            "examples": examples, "promoted": promoted, "suppressed": suppressed,
+        }
+    )  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="gemma-3-270m")
+    parser.add_argument("--sae-set", default="shipped")
+    parser.add_argument("--layers", help="with commas between (default: all that the set has)")
+    parser.add_argument("--tokens", type=float, default=1e6, help="of held-out text")
+    parser.add_argument("--out", type=Path, help="folder of tables (default: results/tables)")
+    parser.add_argument("--checkpoint-seconds", type=float, default=60)
+    args = parser.parse_args(argv)
+    corpus = cache_dir() / "corpus/documents.parquet"
+    if not corpus.exists():
+        raise SystemExit("There is no corpus yet: run `python -m workflow.build_corpus` first.")
+    try:
+        model = models.load(args.model).fast()
+        asked = [int(layer) for layer in args.layers.split(",")] if args.layers else saes.layers(model, args.sae_set)
+        loaded = [saes.load(model, args.sae_set, layer) for layer in asked]
+        documents = pd.read_parquet(corpus)
+        text = showable(documents, model.tokenizer, int(args.tokens))
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    del model.hf.model.layers[max(sae.layer for sae in loaded) + 1 :]
+    parameters = {
+        "n_tokens": len(text.rows) * WIDTH, "context": CONTEXT, "dtype": str(model.dtype),
+        "corpus_sha256": hashlib.sha256("\0".join(documents["text"]).encode()).hexdigest(),
+    }  # fmt: skip
+    hashes = {sae.layer: sae.sha256 for sae in loaded}
+    key = json.dumps([parameters, model.sha256, hashes, EXAMPLES, SEQUENCES])
+    name = f"{args.model.replace('/', '--')}.{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
+    tallies = collect(model, loaded, text, cache_dir() / "evidence" / name, args.checkpoint_seconds)
+    for sae in loaded:
+        origin = tables.provenance(parameters, model.sha256, {sae.layer: sae.sha256})
+        made = frame(model, sae, text, tallies[sae.layer])
+        print(tables.save(made, STEM, f"blocks.{sae.layer}", origin, args.out, args.model), flush=True)
+
+
+if __name__ == "__main__":
+    main()
