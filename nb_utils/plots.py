@@ -27,6 +27,7 @@ from nb_utils import metrics, tasks
 COLORS = {
     "zero_shot": "#6E6E6E",
     "few_shot": "#000000",
+    "dummy_shot": "#484848",
     "task_vector": "#0072B2",
     "centred": "#9CCBE8",
     "centred_best_scale": "#56B4E9",
@@ -47,6 +48,7 @@ COLORS = {
 LABELS = {
     "zero_shot": "zero-shot",
     "few_shot": "few-shot",
+    "dummy_shot": "dummy prompt",
     "task_vector": "task vector",
     "centred": "centred",
     "centred_best_scale": "centred, best scale",

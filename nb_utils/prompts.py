@@ -88,8 +88,8 @@ def few_shot(tokenizer, pool, queries, n_shots: int, seed: int, template: Templa
 def token_types(prompt: Prompt) -> list[str | None]:
     """Say of every token what it belongs to: "input", "arrow", "output" or "newline"; None where to no pair shown.
 
-    That is the answer, and the first token (BOS, or without one the sink of attention). An arrow is the separator's last
-    token; where a separator or a line break has several, the others count to what precedes them.
+    That is the answer, and the first token (BOS, or without one the sink of attention). An arrow is the separator's
+    last token; where a separator or a line break has several, the others count to what precedes them.
     """
     kinds: list[str | None] = ["input"] * (len(prompt.ids) - len(prompt.answer)) + [None] * len(prompt.answer)
     for start, end in zip(prompt.separators, prompt.outputs, strict=False):  # the query has no output

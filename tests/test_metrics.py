@@ -294,3 +294,51 @@ def test_means_over_fewer_tasks_are_left_out_as_incomparable():
     averaged = pd.DataFrame({"k": [5, 10, 20], "tasks": [26, 24, 3], "mean": [4.0, 3.0, 9.0]})
     assert metrics.complete(averaged)["k"].tolist() == [5, 10]
     assert metrics.complete(averaged, share=1.0)["k"].tolist() == [5]
+
+
+# --- features ---
+
+
+def latents(*rows):
+    columns = ["task", "layer", "method", "seed", "penalty", "k", "latent", "after"]
+    return pd.DataFrame(rows, columns=columns).astype({"k": "Int64"})
+
+
+def test_survivors_are_the_largest_positive_weights_of_the_pruned_and_of_the_most_penalised_vector():
+    frame = latents(
+        ("a", 8, "prune_contrast", 0, np.nan, 10, 1, 5.0), ("a", 8, "prune_contrast", 0, np.nan, 10, 2, 3.0),
+        ("a", 8, "prune_contrast", 0, np.nan, 10, 3, -9.0), ("a", 8, "prune_contrast", 0, np.nan, 10, 4, 1.0),
+        ("a", 8, "prune_contrast", 0, np.nan, 50, 5, 9.0), ("a", 8, "prune_contrast", 1, np.nan, 10, 6, 9.0),
+        ("a", 8, "clean", 0, 3.0, None, 2, 7.0), ("a", 8, "clean", 0, 0.3, None, 7, 9.0),
+        ("a", 11, "clean", 0, 3.0, None, 8, 1.0), ("b", 8, "clean", 0, 3.0, None, 9, 2.0),
+        ("b", 8, "clean_random_start", 0, 3.0, None, 10, 9.0),
+    )  # fmt: skip
+    found = metrics.survivors(frame, most=2)
+    assert found.to_dict("split")["data"] == [
+        ["a", 8, 1, 5.0], ["a", 8, 2, 7.0], ["a", 11, 8, 1.0], ["b", 8, 9, 2.0]
+    ]  # fmt: skip
+
+
+def test_a_mean_over_tasks_has_an_interval_that_holds_it_and_narrows_with_tasks():
+    few, many = (metrics.over_tasks(pd.Series(normal(n, mean=1.0), index=[f"t{i}" for i in range(n)])) for n in (6, 60))
+    assert few.low < few.mean < few.high and many.high - many.low < few.high - few.low
+    assert metrics.over_tasks(pd.Series({"a": 1.0, "b": None, "c": 3.0})).mean == 2
+    with pytest.raises(ValueError, match="No task"):
+        metrics.over_tasks(pd.Series({"a": np.nan}))
+
+
+def test_a_gain_is_the_share_of_the_tasks_largest_fall_and_small_ones_are_none():
+    frame = pd.DataFrame({"task": ["a"] * 4 + ["b"] * 2, "rel_loss": [-0.5, -0.25, -0.09, 0.7, 0.1, 0.0]})
+    gain = metrics.steering_gain(frame)
+    assert gain.iloc[:4].tolist() == [1.0, 0.5, 0.0, 0.0]
+    assert gain.iloc[4:].fillna(0).tolist() == [0.0, 0.0], "a task that nothing helps has no gain"
+
+
+def test_features_stand_in_the_order_of_the_tasks_that_they_help_and_alike_tasks_stand_together():
+    gain = pd.DataFrame(
+        [[0, 1, 0, 0.9], [1, 0, 0.8, 0], [0, 0.4, 0, 1], [0.3, 0, 1, 0]],
+        index=[10, 20, 30, 40], columns=["a", "b", "c", "d"],
+    )  # fmt: skip
+    index, columns = metrics.block_order(gain)
+    assert {frozenset(columns[:2]), frozenset(columns[2:])} == {frozenset("ac"), frozenset("bd")}
+    assert [columns.index(gain.loc[i].idxmax()) for i in index] == [0, 1, 2, 3]

@@ -353,3 +353,35 @@ def test_a_table_is_formatted_the_same_at_every_build():
     assert plots.table(frame, {"share": "{:.0%}"}, index=True).to_html() == page
     assert 'class="dataframe"' in page
     assert ">a</th>" not in plots.table(frame).to_html()
+
+
+# --- layers, scales and single features ---
+
+
+def test_layer_grids_share_one_scale_and_write_what_is_measured():
+    grid = pd.DataFrame([[3.0, np.nan], [np.nan, 24.0]], index=[4, 6], columns=[8, 10])
+    figure = plots.layer_grids({"clean": grid, "centred": grid / 2}, largest=25)
+    assert [texts(ax) for ax in figure.axes] == [["3", "24"], ["2", "12"]]
+    assert {ax.images[0].get_clim() for ax in figure.axes} == {(0, 25)}
+    assert [ax.get_title() for ax in figure.axes] == ["cleaned", "centred"]
+
+
+def test_a_sweep_has_a_line_a_feature_and_random_directions_in_grey():
+    frame = pd.DataFrame({"latent": [5, 5, 9, 9, -1, -1], "scale": [0.1, 1.0] * 3, "loss": [5, 2, 5, 4, 5, 6.0]})
+    ax = plots.scale_sweep(frame)
+    colors = [to_hex(line.get_color()) for line in ax.lines]
+    assert colors.count(plots.COLORS["random_support"].lower()) == 1 and len(set(colors)) == 3
+    assert texts(ax) == ["feature 5", "feature 9", "random"]
+    assert ax.get_xscale() == "log"
+
+
+def test_heat_maps_of_steering_mark_where_a_feature_was_found():
+    at = dict(index=[7, 8], columns=["antonyms", "en_es"])
+    raw, gain = pd.DataFrame([[-0.5, 3.0], [0.0, -0.2]], **at), pd.DataFrame([[1.0, 0.0], [0.0, 1.0]], **at)
+    in_raw, in_clean = pd.DataFrame([[True, True], [False, False]], **at), pd.DataFrame([[True, False]] * 2, **at)
+    left, right = plots.steering_heatmaps(raw, gain, in_raw, in_clean).axes[:2]
+    assert left.images[0].get_array().max() == 1, "clipped as in the post"
+    hollow, full = (marks.get_offsets().tolist() for marks in left.collections)
+    assert hollow == [[1, 0]] and full == [[0, 0], [0, 1]]
+    assert [tick.get_text() for tick in left.get_yticklabels()] == ["7", "8"]
+    assert right.images[0].get_array().tolist() == [[1, 0], [0, 1]]

@@ -129,3 +129,22 @@ def test_shots_are_drawn_without_repetition_by_the_seed_alone(bytewise):
 def test_a_small_pool_gives_all_the_shots_that_it_has(bytewise):
     (prompt,) = prompts.few_shot(bytewise, POOL[:4], POOL[:1], n_shots=16, seed=0)
     assert len(prompt.outputs) == 3 and len(prompt.separators) == 4
+
+
+def test_every_token_of_a_few_shot_prompt_is_an_input_an_arrow_an_output_or_a_line_break(tokenizer):
+    prompt = prompts.encode(tokenizer, PAIRS[:3], PAIRS[6])
+    kinds = prompts.token_types(prompt)
+    assert len(kinds) == len(prompt.ids) and kinds[0] is None
+    assert [i for i, kind in enumerate(kinds) if kind == "arrow"] == list(prompt.separators)
+    assert [kinds[i] for i in prompt.outputs] == ["output"] * 3
+    assert kinds.count("newline") == 3 and all(kinds[i + 1] == "newline" for i in prompt.outputs)
+    answer = len(prompt.ids) - len(prompt.answer)
+    assert set(kinds[answer:]) == {None} and None not in kinds[1:answer]
+    outputs = "".join(text_of(tokenizer, [i]) for i, kind in zip(prompt.ids, kinds, strict=True) if kind == "output")
+    assert outputs.replace(" ", "") in ("coldtamaño東京",) or "�" in outputs
+
+
+def test_the_dummy_shot_says_nothing_of_the_task(tokenizer):
+    (prompt,) = prompts.dummy_shot(tokenizer, [pair("hot", "cold")])
+    assert text_of(tokenizer, prompt.ids) == "X -> Y\nhot -> cold"
+    assert text_of(tokenizer, prompt.ids[: prompt.outputs[-1] + 1]) == "X -> Y"
