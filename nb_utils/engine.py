@@ -250,9 +250,12 @@ class Site:
         return norm - own, best, kl
 
     @torch.no_grad()
-    def log_probs(self, vectors, layer: int, mode: str = "add") -> Float[Tensor, "n batch vocab"]:
-        """Return the next-token log-probabilities at the position that predicts the first answer token."""
-        hidden = self.hidden(vectors, layer, mode)[:, self.place == 0]
+    def log_probs(self, vectors, layer: int, mode: str = "add", place: int = 0) -> Float[Tensor, "n batch vocab"]:
+        """Return the next-token log-probabilities at the position that predicts answer token ``place`` (0: the first).
+
+        ``batch`` counts the prompts whose answer has that many tokens.
+        """
+        hidden = self.hidden(vectors, layer, mode)[:, self.place == place]
         return _capped(hidden @ self.model.hf.lm_head.weight.T, self.model).float().log_softmax(-1)
 
     def take(self, order: Int[Tensor, " kept"]) -> "Site":

@@ -24,7 +24,7 @@ FOLDER = "results/tables"
 MODEL = "gemma-3-270m"
 PACKAGES = ("numpy", "sae-lens", "torch", "transformer-lens", "transformers")
 # Modules that cannot change a measurement: the hash of the code leaves them out.
-AFTER_MEASURING = ("__init__", "evidence", "kernels", "metrics", "plots", "runs", "tables")
+AFTER_MEASURING = ("__init__", "evidence", "kernels", "metrics", "plots", "runs", "tables", "widgets")
 PROVENANCE = b"provenance"
 
 # Columns that would come out differently from task to task (a column of NaN only, a column without NA).

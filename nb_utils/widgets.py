@@ -1,0 +1,324 @@
+"""Widgets of the interactive page: precomputed tables in the static book, the same controls live with a kernel.
+
+Each is an anywidget that carries its tables in one trait. Its browser side greets the kernel; only then is a model
+loaded, so that building the book needs neither torch nor weights. Every answer is data; the browser side writes it
+with text nodes, so nothing that a user types or a model emits can become markup.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import anywidget
+import numpy as np
+import pandas as pd
+import traitlets
+
+from nb_utils import tables, tasks
+from nb_utils.metrics import rows
+
+FRONT = Path(__file__).with_name("front")
+N_TEST = 16  # prompts that a mean loss is taken over
+N_EXAMPLES = 3  # of them can be looked at one by one
+N_TOKENS = 4  # of a continuation
+WHOLE = -1  # stands for the pruned vector, all its features together
+KEPT, PENALTY = 10, 1.0  # points of the pruning and cleaning paths whose features are offered
+LIVE_SCALES = tuple(round(-1 + 0.05 * i, 2) for i in range(51))  # of the mean residual norm
+
+
+class WidgetError(ValueError):
+    """Something asked of a widget that it cannot do; the message says what to do instead."""
+
+
+class Backend:
+    """The model and SAEs behind the widgets of a page, loaded when first asked for and shared by them."""
+
+    def __init__(self, model: str = tables.MODEL, sae_set: str = "shipped"):
+        self.name, self.sae_set = model, sae_set
+        self.sae = lru_cache(maxsize=None)(self._sae)
+        self.prompt = lru_cache(maxsize=64)(self._prompt)
+        self.test = lru_cache(maxsize=8)(self._test)
+        self.unsteered = lru_cache(maxsize=64)(self._unsteered)
+        self.going_on = lru_cache(maxsize=64)(self._going_on)
+
+    @cached_property
+    def model(self):
+        """The model; raises ModelError if it cannot be had."""
+        from nb_utils import models
+
+        return models.load(self.name)
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        from nb_utils import saes
+
+        return saes.layers(self.model, self.sae_set)
+
+    def _sae(self, layer: int):
+        from nb_utils import saes
+
+        return saes.load(self.model, self.sae_set, layer)
+
+    def _prompt(self, text: str, answer: str):
+        """Read a typed prompt and prepare its site."""
+        from nb_utils import engine, microscope
+
+        read = microscope.prompt(self.model.tokenizer, text, answer)
+        return engine.Site.prepare(self.model, [read], answer_tokens=2)
+
+    def _test(self, task: str):
+        """Prepare the site of a task's first test prompts."""
+        from nb_utils import engine, prompts
+
+        pairs = tasks.split(tasks.load(task)).test[:N_TEST]
+        return engine.Site.prepare(self.model, prompts.zero_shot(self.model.tokenizer, pairs), answer_tokens=2)
+
+    def direction(self, task: str, layer: int, latent: int):
+        """Return a unit direction [d_model]: of a latent, or of all pruned features of a task together (`WHOLE`)."""
+        from nb_utils import microscope
+
+        if latent != WHOLE:
+            return microscope.direction(self.sae(layer), latent)
+        vector = pruned_vector(survivors(task, self.name), layer, self.sae(layer))
+        return vector / vector.norm()
+
+    def steering_vector(self, task: str, layer: int, latent: int, scale: float):
+        """Return a direction [1, d_model], ``scale`` times the mean residual norm at the task's separators long."""
+        if not isinstance(layer, int) or layer not in self.layers:
+            raise WidgetError(f"There is no SAE after block {layer}: choose one of {', '.join(map(str, self.layers))}.")
+        if not isinstance(latent, int):
+            raise WidgetError("Choose a feature, or type the number of a latent.")
+        norm = self.test(task).at(layer).norm(dim=1).mean()
+        return (float(scale) * norm * self.direction(task, layer, latent))[None]
+
+    def _unsteered(self, text: str, answer: str):
+        import torch
+
+        from nb_utils import microscope
+
+        site = self.prompt(text, answer)
+        return microscope.views(site, torch.zeros(1, self.model.d_model), self.model.n_layers - 1)[0][0]
+
+    def _going_on(self, text: str, answer: str) -> str:
+        import torch
+
+        from nb_utils import microscope
+
+        read = self.prompt(text, answer).prompts[0]
+        zero = torch.zeros(1, self.model.d_model)
+        return microscope.continuations(self.model, read, zero, self.model.n_layers - 1, N_TOKENS)[0]
+
+
+def survivors(task: str, model: str = tables.MODEL) -> pd.DataFrame:
+    """Return the features that pruning to ten, or cleaning, leaves: layer, latent, weight (raw units), method."""
+    frame = rows(tables.load("02_cleanup_features", model), task=task, seed=0)
+    frame = frame[frame["after"] != 0]
+    pruned, cleaned = rows(frame, method="prune_contrast", k=KEPT), rows(frame, method="clean", penalty=PENALTY)
+    both = pd.concat([pruned, cleaned])[["layer", "latent", "after", "method"]]
+    found = both.groupby(["layer", "latent"], as_index=False).agg(
+        weight=("after", "first"), method=("method", lambda names: " and ".join(names)))
+    names = {"prune_contrast and clean": "pruned and cleaned", "prune_contrast": "pruned", "clean": "cleaned"}
+    return found.assign(method=found["method"].map(names))
+
+
+def pruned_vector(found: pd.DataFrame, layer: int, sae):
+    """Add up the pruned features of `survivors` at a layer [d_model]; raises WidgetError if there are none."""
+    import torch
+
+    found = found[(found["layer"] == layer) & found["method"].str.contains("pruned")]
+    if found.empty:
+        raise WidgetError(f"No pruned features are stored for block {layer}: choose a single latent.")
+    return torch.tensor(found["weight"].to_numpy()) @ sae.W_dec[torch.tensor(found["latent"].to_numpy())]
+
+
+class _Live(anywidget.AnyWidget):
+    """A widget whose browser side asks questions; a wrong one is answered by a sentence."""
+
+    _css = (FRONT / "widgets.css").read_text()
+    data = traitlets.Unicode("{}").tag(sync=True)
+
+    def __init__(self, data: object, backend: Backend | None):
+        super().__init__(data=_json(data))
+        self.backend = backend
+        self.on_msg(lambda _, content, buffers: self._receive(content))
+
+    def answer(self, question: Mapping) -> dict:
+        """Answer a question of the browser side; raises a ValueError whose message is shown as it is."""
+        raise NotImplementedError
+
+    def greet(self) -> dict:
+        """Load what live answers need, and say what they offer."""
+        return {}
+
+    def _receive(self, content: Mapping) -> None:
+        if content.get("what") == "hello":
+            if self.backend is not None:
+                self.send({"kind": "loading"})
+                try:
+                    self.send({"kind": "live", "model": self.backend.model.name, **self.greet()})
+                except Exception as error:
+                    self.send({"kind": "refused", "error": _sentence(error)})
+            return
+        try:
+            reply = self.answer(content)
+        except Exception as error:
+            reply = {"error": _sentence(error)}
+        self.send({"id": content.get("id"), **reply})
+
+
+def _sentence(error: Exception) -> str:
+    """Return the message of our own errors; log any other, and name it: a control must never wait in vain."""
+    if isinstance(error, ValueError) and type(error).__module__.startswith("nb_utils"):
+        return " ".join(str(error).split())
+    logging.getLogger(__name__).exception("a widget's question failed", exc_info=error)
+    return f"This could not be computed ({type(error).__name__}: {str(error)[:200]}); change it and try again."
+
+
+def _front(name: str) -> str:
+    return (FRONT / "dom.js").read_text() + (FRONT / name).read_text()
+
+
+def _json(data: object) -> str:
+    """Write JSON that may stand in a script element of a page, whatever text it holds."""
+    return json.dumps(data, ensure_ascii=False, allow_nan=False, default=_plain).replace("<", "\\u003c")
+
+
+def _plain(value: object) -> object:
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
+
+
+class Steering(_Live):
+    """The steering control: what one feature, at one scale, does to the next token."""
+
+    _esm = _front("steering.js")
+
+    def greet(self) -> dict:
+        self.backend.test(next(iter(tables.names("02_cleanup_features", self.backend.name)), "antonyms"))
+        return {"layers": list(self.backend.layers), "scales": LIVE_SCALES}
+
+    def answer(self, question: Mapping) -> dict:
+        what = question.get("what")
+        layer, latent = question.get("layer"), question.get("latent")
+        if what == "evidence":
+            found = evidence(self.backend.name, {(layer, latent)})
+            return {"evidence": next(iter(found.values()), None)}
+        from nb_utils import microscope
+
+        vector = self.backend.steering_vector(question["task"], layer, latent, question["scale"])
+        if what == "mean":
+            return self._mean(question["task"], vector, layer)
+        text, answer = self._asked(question)
+        site = self.backend.prompt(text, answer)
+        if what == "continuation":
+            after = microscope.continuations(self.backend.model, site.prompts[0], vector, layer, N_TOKENS)[0]
+            return {"before": self.backend.going_on(text, answer), "after": after}
+        if what != "view":
+            raise WidgetError(f"The steering control knows no question {what!r}.")
+        after = microscope.views(site, vector, layer)[0][0]
+        known = bool(answer.strip())
+        return {"before": self._shown(self.backend.unsteered(text, answer), known), "after": self._shown(after, known)}
+
+    def _asked(self, question: Mapping) -> tuple[str, str]:
+        if "example" in question:
+            pair = tasks.split(tasks.load(question["task"])).test[question["example"]]
+            return f"{pair.x} ->", pair.y
+        return str(question["prompt"]), str(question.get("answer", ""))
+
+    def _mean(self, task: str, vector, layer: int) -> dict:
+        site = self.backend.test(task)
+        scores, plain = site.evaluate(vector, layer), _plain_scores(site)
+        return {
+            "loss": scores.loss().mean().item(), "accuracy": scores.accepted.float().mean().item(),
+            "zero": plain.loss().mean().item(), "zero_accuracy": plain.accepted.float().mean().item(),
+        }
+
+    def _shown(self, view, known: bool) -> dict:
+        from nb_utils import microscope
+
+        return {
+            "tokens": microscope.pieces(self.backend.model.tokenizer, [token for token, _ in view.top]),
+            "shares": [share for _, share in view.top],
+            "loss": view.loss if known else None, "rank": view.rank if known else None,
+        }
+
+
+@lru_cache(maxsize=8)
+def _plain_scores(site):
+    return site.unsteered()
+
+
+def evidence(model: str, wanted: set[tuple[int, int]]) -> dict[str, dict]:
+    """Return what the table of features says of each (layer, latent), keyed "layer:latent"; nothing without a table."""
+    try:
+        frame = tables.load("features", model)
+    except tables.TableError:
+        return {}
+    keys = pd.MultiIndex.from_frame(frame[["layer", "latent"]])
+    fields = ["density", "max_activation", "promoted", "suppressed", "examples"]
+    return {
+        f"{row['layer']}:{row['latent']}": {name: row[name] for name in fields}
+        | {"examples": [dict(example) for example in list(row["examples"])[:4]]}
+        for row in frame[keys.isin(list(wanted))].to_dict("records")
+    }
+
+
+def steering(model: str = tables.MODEL, backend: Backend | None = None) -> Steering:
+    """Build the steering control from the tables explore_steering, 02_cleanup_features and features.
+
+    Without ``backend`` it stays precomputed even where a kernel answers.
+    """
+    return Steering(steering_data(model), backend)
+
+
+def steering_data(model: str = tables.MODEL) -> dict:
+    """Lay the grid out as the control reads it: cells "task|layer|latent", token texts stored once."""
+    try:
+        grid = tables.load("explore_steering", model)
+    except tables.TableError:
+        grid = pd.DataFrame(columns=["task", "target", "layer", "latent", "scale", "loss", "accuracy", "examples"])
+    seen, cells, zero = {}, {}, {}
+    own = grid[grid["task"] == grid["target"]]
+    for task, part in own[own["scale"] == 0].groupby("task"):
+        zero[task] = {"loss": part["loss"].iloc[0], "accuracy": part["accuracy"].iloc[0]}
+    elsewhere = {key: part for key, part in grid.groupby(["task", "layer", "latent"])}
+    for (task, layer, latent), part in own.groupby(["task", "layer", "latent"]):
+        best = elsewhere[task, layer, latent].sort_values("loss").drop_duplicates("target")
+        cells[f"{task}|{layer}|{latent}"] = {
+            "scales": part["scale"].tolist(), "loss": part["loss"].round(4).tolist(),
+            "accuracy": part["accuracy"].round(4).tolist(),
+            "views": [[_packed(e, seen) for e in examples] for examples in part["examples"]],
+            "elsewhere": {r.target: [r.scale, round(r.loss, 4), zero[r.target]["loss"]] for r in best.itertuples()
+                if r.target in zero},
+        }
+    listed = [_entry(task, model) for task in tables.names("02_cleanup_features", model) if task in tasks.names()]
+    shown = {(int(layer), int(latent)) for layer, latent in own[["layer", "latent"]].drop_duplicates().to_numpy()}
+    return {
+        "model": model, "n_test": N_TEST, "tasks": listed, "scales": sorted(own["scale"].unique().tolist()),
+        "zero": zero, "cells": cells, "tokens": list(seen), "evidence": evidence(model, shown),
+    }
+
+
+def _packed(example: Mapping, seen: dict[str, int]) -> list:
+    places = [seen.setdefault(token, len(seen)) for token in example["tokens"]]
+    loss, shares = round(float(example["loss"]), 4), [round(float(s), 3) for s in example["shares"]]
+    return [loss, int(example["rank"]), example["continuation"], places, shares]
+
+
+def _entry(name: str, model: str) -> dict:
+    """Describe one task for the control: its title, its example prompts and, by layer, its features."""
+    task, found = tasks.load(name), survivors(name, model)
+    examples = [[pair.x, pair.y] for pair in tasks.split(task).test[:N_EXAMPLES]]
+    features = {}
+    for layer, part in found.groupby("layer"):
+        part = part.loc[part["weight"].abs().sort_values(ascending=False).index]
+        size = part["weight"].abs().max()
+        whole = bool(part["method"].str.contains("pruned").any())
+        features[str(layer)] = [{"latent": WHOLE, "method": "pruned", "weight": 1.0}] * whole + [
+            {"latent": int(r.latent), "method": r.method, "weight": round(r.weight / size, 2)}
+            for r in part.itertuples()
+        ]
+    return {"name": name, "title": task.title, "examples": examples, "features": features}

@@ -1,0 +1,136 @@
+"""Compute what the interactive page shows without a kernel: ``python -m workflow.explore_grid``.
+
+Three tables: explore_steering (surviving features x scales on test prompts, with examples), explore_tokens (where
+detector and executor candidates fire in a few-shot prompt) and explore_cleaning (one vector cleaned from 20 pairs).
+"""
+
+import argparse
+
+import pandas as pd
+import torch
+
+from nb_utils import engine, microscope, models, prompts, saes, tables, tasks
+from nb_utils.widgets import KEPT, N_EXAMPLES, N_TEST, N_TOKENS, PENALTY, WHOLE, pruned_vector, survivors
+
+TASKS = ("antonyms", "en_es", "present_simple_past_simple")
+SCALES = (-0.5, -0.25, -0.1, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0)
+ELSEWHERE = (-0.25, 0.1, 0.2, 0.3, 0.5)  # scales on the other tasks
+LAYERS, MOST = (6, 8, 10), 8  # most features of one task at one layer, by weight
+N_SHOTS, N_PROMPTS = 4, 12
+
+
+def directions(task: str, layer: int, sae: saes.Sae) -> tuple[pd.DataFrame, torch.Tensor]:
+    """List the pruned vector and the largest survivors at a layer, with their unit directions [n, d_model]."""
+    found = survivors(task)
+    vector = pruned_vector(found, layer, sae)
+    found = found[found["layer"] == layer]
+    found = found.loc[found["weight"].abs().sort_values(ascending=False).index[:MOST]]
+    whole = pd.DataFrame([{"layer": layer, "latent": WHOLE, "weight": float(vector.norm()), "method": "pruned"}])
+    units = [vector / vector.norm(), *(microscope.direction(sae, latent) for latent in found["latent"])]
+    return pd.concat([whole, found], ignore_index=True), torch.stack(units)
+
+
+def steering(lm: models.Model, task: str, layer: int, sites: dict, sae: saes.Sae) -> pd.DataFrame:
+    """Steer with each direction of ``task`` at every scale, on its own test prompts and on the other tasks'."""
+    listed, units = directions(task, layer, sae)
+    norm = float(sites[task].at(layer).norm(dim=1).mean())
+    parts = []
+    for target, site in sites.items():
+        scales = SCALES if target == task else ELSEWHERE
+        steered = (norm * torch.tensor(scales)[None, :, None] * units[:, None]).flatten(0, 1)
+        scores = site.evaluate(steered, layer)
+        cells = listed.loc[listed.index.repeat(len(scales))].reset_index(drop=True).assign(
+            task=task, target=target, norm=norm, scale=list(scales) * len(listed), loss=scores.loss().mean(1).tolist(),
+            accuracy=scores.accepted.float().mean(1).tolist(), weight=lambda cells: cells["weight"] / norm)
+        shown = site.take(torch.arange(N_EXAMPLES))
+        cells["examples"] = examples(lm, shown, steered, layer) if target == task else [[] for _ in steered]
+        parts.append(cells)
+    print(f"{task}, block {layer}: {len(listed)} directions", flush=True)
+    return pd.concat(parts, ignore_index=True)
+
+
+def examples(lm: models.Model, site: engine.Site, steered: torch.Tensor, layer: int) -> list[list[dict]]:
+    """Describe what each vector makes of each example prompt."""
+    return [
+        [
+            {
+                "loss": view.loss, "rank": view.rank, "continuation": texts[j],
+                "tokens": microscope.pieces(lm.tokenizer, [token for token, _ in view.top]),
+                "shares": [round(share, 4) for _, share in view.top],
+            }
+            for j, view in enumerate(looks)
+        ]
+        for part in steered.split(48)
+        for looks, texts in zip(
+            microscope.views(site, part, layer),
+            zip(*(microscope.continuations(lm, prompt, part, layer, N_TOKENS) for prompt in site.prompts), strict=True),
+            strict=True,
+        )
+    ]
+
+
+def strips(lm: models.Model, splits: dict, dictionaries: dict) -> pd.DataFrame:
+    """Choose a detector and an executor candidate for every task and layer, and follow both through one prompt.
+
+    A candidate is the latent whose mean activation at the task's outputs (separators) exceeds the other tasks' most.
+    ``share`` is the part of all its activation that falls on tokens of that kind, over ``N_PROMPTS`` prompts.
+    """
+    read = {
+        task: prompts.few_shot(lm.tokenizer, split.vector, split.test[:N_PROMPTS], N_SHOTS, seed=0)
+        for task, split in splits.items()
+    }
+    bos, parts = lm.tokenizer.bos_token_id, []
+    for layer, sae in dictionaries.items():
+        codes, kinds = {}, {}
+        for task, batch in read.items():
+            spots = [tuple(range(p.separators[-1] + 1)) for p in batch]
+            codes[task] = sae.encode(engine.residuals(lm, batch, spots, [layer])[layer])
+            kinds[task] = pd.Series([kind for p in batch for kind in microscope.kinds(p, bos)])
+        for role, kind in {"detector": "output", "executor": "arrow"}.items():
+            means = {t: codes[t][torch.tensor((kinds[t] == kind).to_numpy())].mean(0) for t in read}
+            for task, batch in read.items():
+                others = torch.stack([mean for other, mean in means.items() if other != task]).amax(0)
+                latent = int((means[task] - others).argmax())
+                at = torch.tensor((kinds[task] != "bos").to_numpy())
+                here = torch.tensor((kinds[task] == kind).to_numpy())
+                mass = codes[task][:, latent]
+                end = batch[0].separators[-1] + 1
+                parts.append(pd.DataFrame({
+                    "task": task, "layer": layer, "role": role, "latent": latent,
+                    "share": float(mass[here].sum() / mass[at].sum()), "position": range(end),
+                    "token": microscope.pieces(lm.tokenizer, batch[0].ids[:end]),
+                    "kind": microscope.kinds(batch[0], bos),
+                    "activation": [float("nan") if k == "bos" else a for a, k in zip(
+                        mass[:end].tolist(), microscope.kinds(batch[0], bos), strict=True)],
+                }))
+    return pd.concat(parts, ignore_index=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write the three tables for the default model."""
+    parser = argparse.ArgumentParser(prog="python -m workflow.explore_grid", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=tables.MODEL)
+    parser.add_argument("--tables", default=None, help="folder of the tables (default: the book's)")
+    args = parser.parse_args(argv)
+    lm = models.load(args.model)
+    splits = {task: tasks.split(tasks.load(task)) for task in TASKS}
+    dictionaries = {layer: saes.load(lm, "shipped", layer) for layer in LAYERS}
+    settings = dict(tasks=TASKS, scales=SCALES, n_test=N_TEST, kept=KEPT, penalty=PENALTY, n_shots=N_SHOTS, most=MOST)
+    origin = tables.provenance(settings, lm.sha256, {layer: sae.sha256 for layer, sae in dictionaries.items()})
+
+    def save(frame, stem, name):
+        print(tables.save(frame, stem, name, origin, folder=args.tables, model=args.model).name, stem, flush=True)
+
+    for task, frame in strips(lm, splits, dictionaries).groupby("task"):
+        save(frame, "explore_tokens", task)
+    sites = {
+        task: engine.Site.prepare(lm, prompts.zero_shot(lm.tokenizer, split.test[:N_TEST]), answer_tokens=2)
+        for task, split in splits.items()
+    }
+    for task in TASKS:
+        parts = [steering(lm, task, layer, sites, sae) for layer, sae in dictionaries.items()]
+        save(pd.concat(parts, ignore_index=True), "explore_steering", task)
+
+
+if __name__ == "__main__":
+    main()
