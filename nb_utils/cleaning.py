@@ -16,6 +16,8 @@ from nb_utils.dictionary import keep_largest
 from nb_utils.engine import Site, Vocabulary
 from nb_utils.saes import Sae
 
+Progress = Callable[[int, int], bool | None]  # told (step, steps in all) before each step; True stops
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -62,6 +64,7 @@ class Cleaned:
 def clean(
     problem: Problem, sae: Sae, start: Float[Tensor, "n d_sae"], penalties: list[float], lr: float = 0.05,
     steps: int = 150, check_every: int = 10, bias: bool = True, patience: int | None = None,
+    progress: Progress | None = None,
 ) -> list[Cleaned]:
     """Fine-tune SAE codes under an L1 penalty: the post's sparse SAE task-vector fine-tuning.
 
@@ -69,7 +72,8 @@ def clean(
     SAE's scale; ``lr`` is in units of the mean active starting code. A latent that falls below its threshold is out
     for good. ``bias`` adds the decoder bias. Kept is the step with the best validation loss *plus penalty*: with the
     loss alone, the early, dense steps would win at every penalty. With ``patience`` the run stops as the authors' do,
-    when the L0 has found no new minimum for so many steps, and the last step is kept.
+    when the L0 has found no new minimum for so many steps, and the last step is kept. ``progress`` is told of every
+    step; where it says stop, the best of the steps so far is kept.
     """
     active = sae.act(start)
     alive = active > 0
@@ -92,6 +96,8 @@ def clean(
             since += 1
         if patience is not None and since >= patience and check.validation is not None:
             break
+        if progress is not None and progress(check.step, steps):
+            break
     return [_kept(checks, i, penalty, last=patience is not None) for i, penalty in enumerate(penalties)]
 
 
@@ -109,12 +115,13 @@ def random_start(start: Float[Tensor, " d_sae"], sae: Sae, seed: int) -> Float[T
 
 def prune_with_refit(
     problem: Problem, sae: Sae, start: Float[Tensor, "n d_sae"], sizes=(200, 100, 50, 30, 20, 10, 5),
-    lr: float = 0.05, steps: int = 20, check_every: int = 4,
+    lr: float = 0.05, steps: int = 20, check_every: int = 4, progress: Progress | None = None,
 ) -> list[list[Cleaned]]:
     """Prune signed codes to fewer and fewer latents, refitting the survivors' weights after each cut.
 
     ``start``: signed codes, one row per path (contrast codes, or a vector's codes without bias); the decoder bias is
     not used. Returns, per row, one result per size, so that one run gives the whole loss-L0 path at exact L0.
+    ``progress`` is told of every step; where it says stop, the path ends with the size that it was at.
     """
     codes = start.clone()
     paths = [[] for _ in codes]
@@ -129,13 +136,19 @@ def prune_with_refit(
             signed = weights * unit * kept
             return signed, signed @ sae.W_dec, torch.zeros(len(signed), device=signed.device)
 
-        run = _descend(problem, [weights], decode, lr, steps, check_every, step)
-        checks = [check for check in run if check.validation is not None]
+        checks, stopped = [], False
+        for check in _descend(problem, [weights], decode, lr, steps, check_every, step):
+            if check.validation is not None:
+                checks.append(check)
+            if stopped := progress is not None and progress(step + check.step, steps * len(sizes)):
+                break
         step += steps
         best = [_kept(checks, i) for i in range(len(codes))]
         for path, result in zip(paths, best, strict=True):
             path.append(result)
         codes = torch.stack([result.codes for result in best])
+        if stopped:
+            break
     return paths
 
 

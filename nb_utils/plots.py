@@ -333,6 +333,43 @@ def scale_sweep(frame: pd.DataFrame, value: str = "loss", ax: Axes | None = None
     return ax
 
 
+def loss_by_scale(frame: pd.DataFrame, whole: int, ax: Axes | None = None) -> Axes:
+    """Draw loss against the scale of each latent's direction, in grey; ``whole`` is the one to stand out.
+
+    ``frame``: latent, scale, loss, of one task and layer; scale 0 gives the dotted level.
+    """
+    ax = ax or plt.subplots()[1]
+    for latent, line in frame.groupby("latent"):
+        line, main = line.sort_values("scale"), latent == whole
+        ax.plot(
+            line["scale"], line["loss"], color=COLORS["task_vector"] if main else COLORS["random_support"],
+            lw=2.2 if main else 1, zorder=3 if main else 2,
+        )  # fmt: skip
+    zero = frame.loc[frame["scale"] == 0, "loss"].iloc[0]
+    ax.axhline(zero, color=COLORS["zero_shot"], ls=STYLES["none"], lw=1.4, zorder=1)
+    ax.set(xlabel="scale (of residual norm)", ylabel=UNITS["loss"], ylim=(0, 2.2 * zero))
+    return ax
+
+
+def token_activations(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Draw the activations of a detector (up) and an executor (down) at the tokens of a prompt.
+
+    ``frame``: role, latent, position, token, activation, of one task and layer; each role is divided by its largest.
+    """
+    ax = ax or plt.subplots(figsize=(7.6, 2.9))[1]
+    for role, sign, color in (("detector", 1, COLORS["task_vector"]), ("executor", -1, COLORS["prune_contrast"])):
+        part = frame[frame["role"] == role].sort_values("position")
+        name = f"{role} {part['latent'].iloc[0]}"
+        ax.bar(part["position"], sign * _share(part["activation"].fillna(0)), color=color, label=name)
+    ax.axhline(0, color=INK, lw=0.8)
+    ax.set_xticks(part["position"], [token.replace("\n", "⏎").strip() for token in part["token"]], rotation=90)
+    ax.set(ylabel="activation / largest", ylim=(-1.15, 1.15))
+    ax.set_yticks([-1, 0, 1], ["1", "0", "1"])
+    ax.grid(visible=False)
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    return ax
+
+
 def accuracy_dots(frame: pd.DataFrame, ax: Axes | None = None, value: str = "accuracy") -> Axes:
     """Draw one row of dots per task, one dot per method, tasks in the order of the last method's value.
 

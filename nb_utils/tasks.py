@@ -85,6 +85,24 @@ def load(name_or_path: str | Path, kind: str = "word") -> Task:
     return _read(Path(name_or_path))
 
 
+def parse(text: str, separator: str = "->") -> Task:
+    """Read a task from text: one ``x -> y`` on a line, or the JSON of a task file.
+
+    Raises TaskError, naming the line or the entry, if the text cannot be used.
+    """
+    path = Path("your pairs")
+    if text.lstrip().startswith(("{", "[")):
+        return _task(path, _record(path, text.encode("utf-8", "surrogatepass")))
+    rows = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        x, found, y = line.partition(separator)
+        if line.strip() and not found:
+            raise TaskError(f"{path}, line {number} has no separator: write it as x {separator} y.")
+        if line.strip():
+            rows.append((x, y))
+    return _task(path, rows)
+
+
 def split(task: Task, sizes: dict[str, float] = SIZES) -> Splits:
     """Cut a task into four disjoint buckets by hash ranking; `sizes` are fractions, summing to 1.
 
@@ -163,8 +181,12 @@ def _read(path: Path) -> Task:
         raise TaskError(
             f"{str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}."
         ) from None
+    return _task(path, _record(path, data))
+
+
+def _record(path: Path, data: bytes) -> object:
     try:
-        record = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_Entries)
+        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_Entries)
     except UnicodeDecodeError as error:
         raise TaskError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8.") from None
     except json.JSONDecodeError as error:
@@ -173,6 +195,9 @@ def _read(path: Path) -> Task:
         ) from None
     except (RecursionError, ValueError):
         raise TaskError(f"{path} is nested too deeply or holds a number too long to be a task.") from None
+
+
+def _task(path: Path, record: object) -> Task:
     fields, rows = {}, record
     if isinstance(record, _Entries):
         fields, rows = dict(record.entries), record.entries

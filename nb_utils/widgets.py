@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -42,6 +43,7 @@ class Backend:
         self.sae = lru_cache(maxsize=None)(self._sae)
         self.prompt = lru_cache(maxsize=64)(self._prompt)
         self.test = lru_cache(maxsize=8)(self._test)
+        self.plain = lru_cache(maxsize=8)(lambda task: self.test(task).unsteered())
         self.unsteered = lru_cache(maxsize=64)(self._unsteered)
         self.going_on = lru_cache(maxsize=64)(self._going_on)
 
@@ -57,6 +59,12 @@ class Backend:
         from nb_utils import saes
 
         return saes.layers(self.model, self.sae_set)
+
+    def layer(self, layer: object) -> int:
+        """Return a layer that has an SAE; raises WidgetError for any other."""
+        if not isinstance(layer, int) or layer not in self.layers:
+            raise WidgetError(f"There is no SAE after block {layer}: choose one of {', '.join(map(str, self.layers))}.")
+        return layer
 
     def _sae(self, layer: int):
         from nb_utils import saes
@@ -88,8 +96,7 @@ class Backend:
 
     def steering_vector(self, task: str, layer: int, latent: int, scale: float):
         """Return a direction [1, d_model], ``scale`` times the mean residual norm at the task's separators long."""
-        if not isinstance(layer, int) or layer not in self.layers:
-            raise WidgetError(f"There is no SAE after block {layer}: choose one of {', '.join(map(str, self.layers))}.")
+        self.layer(layer)
         if not isinstance(latent, int):
             raise WidgetError("Choose a feature, or type the number of a latent.")
         norm = self.test(task).at(layer).norm(dim=1).mean()
@@ -230,7 +237,7 @@ class Steering(_Live):
 
     def _mean(self, task: str, vector, layer: int) -> dict:
         site = self.backend.test(task)
-        scores, plain = site.evaluate(vector, layer), _plain_scores(site)
+        scores, plain = site.evaluate(vector, layer), self.backend.plain(task)
         return {
             "loss": scores.loss().mean().item(), "accuracy": scores.accepted.float().mean().item(),
             "zero": plain.loss().mean().item(), "zero_accuracy": plain.accepted.float().mean().item(),
@@ -244,11 +251,6 @@ class Steering(_Live):
             "shares": [share for _, share in view.top],
             "loss": view.loss if known else None, "rank": view.rank if known else None,
         }
-
-
-@lru_cache(maxsize=8)
-def _plain_scores(site):
-    return site.unsteered()
 
 
 def evidence(model: str, wanted: set[tuple[int, int]]) -> dict[str, dict]:
@@ -322,3 +324,167 @@ def _entry(name: str, model: str) -> dict:
             for r in part.itertuples()
         ]
     return {"name": name, "title": task.title, "examples": examples, "features": features}
+
+
+class Workbench(_Live):
+    """The control that cleans a vector from pairs; without a kernel it only says what it needs."""
+
+    _esm = _front("workbench.js")
+
+    def __init__(self, data: object, backend: Backend | None):
+        super().__init__(data, backend)
+        self.trial, self.running, self.stopped = None, None, threading.Event()
+
+    def greet(self) -> dict:
+        return {"layers": list(self.backend.layers)}
+
+    def answer(self, question: Mapping) -> dict:
+        what = question.get("what")
+        if what == "clean":
+            return self._start(question)
+        if what == "stop":
+            self.stopped.set()
+            return {}
+        if what == "import":
+            return self._import(str(question["folder"]))
+        if self.trial is None:
+            raise WidgetError("There is no vector yet: clean one, or load an exported folder.")
+        from nb_utils import exports, workbench
+
+        weighted = self._weighted(question)
+        if what == "loss":
+            return {"loss": workbench.loss(self.trial, weighted)}
+        if what == "export":
+            exported = workbench.export(self.trial, weighted)
+            return {"folder": str(exports.save(exported, str(question["folder"]).strip())), "loss": exported.card.loss}
+        raise WidgetError(f"The workbench knows no question {what!r}.")
+
+    def _start(self, question: Mapping) -> dict:
+        """Check what can be checked at once, then clean in a thread: the kernel stays free for a stop."""
+        if self.running is not None and self.running.is_alive():
+            raise WidgetError("A cleaning is running: stop it, or wait for its end.")
+        from nb_utils import workbench
+
+        path = str(question.get("path", "")).strip()
+        task = tasks.load(path) if path else tasks.parse(str(question.get("pairs", "")))
+        if question.get("method") not in workbench.METHODS:
+            raise WidgetError(f"The method is one of {', '.join(workbench.METHODS)}.")
+        workbench.check(task)
+        self.backend.layer(question.get("layer"))
+        self.stopped.clear()
+        asked = (task, question["layer"], question["method"])
+        self.running = threading.Thread(target=self._run, args=asked, daemon=True)
+        self.running.start()
+        return {"started": True}
+
+    def _run(self, task: tasks.Task, layer: int, method: str) -> None:
+        try:
+            self.send({"kind": "cleaned", **self.clean(task, layer, method)})
+        except Exception as error:
+            self.send({"kind": "failed", "error": _sentence(error)})
+
+    def clean(self, task: tasks.Task, layer: int, method: str) -> dict:
+        """Clean a task at a layer and describe the result, telling the browser side of each step."""
+        from nb_utils import workbench
+
+        def tell(done: int, of: int, text: str = "cleaning") -> bool:
+            self.send({"kind": "progress", "done": done, "of": of, "text": text})
+            return self.stopped.is_set()
+
+        tell(0, 1, "collecting separators")
+        bench = workbench.prepare(self.backend.model, self.backend.sae(layer), task, self.backend.layers)
+        tell(0, 1, "the task vector, layer by layer")
+        curve = workbench.curve(bench)
+        path = workbench.METHODS[method](bench, tell)
+        self.trial = bench.trial
+        return {
+            "title": task.title, "layer": layer, "curve": curve, "few_shot": bench.few_shot, **self._offered(path),
+            "stopped": self.stopped.is_set(),
+        }
+
+    def _offered(self, path) -> dict:
+        from nb_utils import workbench
+
+        return {
+            "zero_shot": self.trial.zero_shot, "n_test": len(self.trial.pairs),
+            "path": [
+                {
+                    "features": list(zip(w.latents, w.weights, strict=True)), "bias": w.bias,
+                    "loss": workbench.loss(self.trial, w),
+                    "validation": None if np.isnan(w.validation_loss) else w.validation_loss,
+                }
+                for w in path
+            ],
+        }
+
+    def _weighted(self, question: Mapping):
+        from nb_utils import workbench
+
+        features = [(int(latent), float(weight)) for latent, weight in question["features"]]
+        latents, weights = zip(*features, strict=True) if features else ((), ())
+        return workbench.Weighted(latents, weights, bool(question.get("bias")), float("nan"))
+
+    def _import(self, folder: str) -> dict:
+        from nb_utils import exports, workbench
+
+        layer = exports.load(folder, self.backend.model).card.layer
+        self.backend.layer(layer)
+        found = exports.load(folder, self.backend.model, self.backend.sae(layer))
+        self.trial, weighted = workbench.restore(found, self.backend.model, self.backend.sae(layer))
+        return {"title": found.card.task, "layer": layer, "card_loss": found.card.loss, **self._offered([weighted])}
+
+
+def workbench(model: str = tables.MODEL, backend: Backend | None = None) -> Workbench:
+    """Build the control that cleans your own vector, filled with the pairs of the table explore_cleaning."""
+    try:
+        pairs = tables.load("explore_cleaning", model)["pairs"].iloc[0]
+    except tables.TableError:
+        pairs = []
+    return Workbench({"model": model, "pairs": "\n".join(pairs)}, backend)
+
+
+class TokenStrip(_Live):
+    """Where a detector and an executor fire in a few-shot prompt."""
+
+    _esm = _front("strip.js")
+
+    def greet(self) -> dict:
+        return {"layers": list(self.backend.layers)}
+
+    def answer(self, question: Mapping) -> dict:
+        from nb_utils import microscope
+
+        model, layer = self.backend.model, self.backend.layer(question.get("layer"))
+        latents = question.get("latents")
+        if not isinstance(latents, list) or not latents or not all(isinstance(latent, int) for latent in latents):
+            raise WidgetError("Type the numbers of a detector's and an executor's latent.")
+        read = microscope.prompt(model.tokenizer, str(question.get("prompt", "")))
+        found = microscope.activations(model, self.backend.sae(layer), read, latents)
+        return {
+            "tokens": microscope.pieces(model.tokenizer, read.ids[: read.separators[-1] + 1]),
+            "kinds": microscope.kinds(read, model.tokenizer.bos_token_id),
+            "activations": [[None if np.isnan(a) else a for a in column] for column in found.T.tolist()],
+        }
+
+
+def token_strip(model: str = tables.MODEL, backend: Backend | None = None) -> TokenStrip:
+    """Build the strip from the table explore_tokens."""
+    try:
+        frame = tables.load("explore_tokens", model)
+    except tables.TableError:
+        frame = pd.DataFrame(columns=["task", "layer", "role"])
+    entries: dict = {}
+    for (task, layer), part in frame.groupby(["task", "layer"]):
+        roles = {role: one.sort_values("position") for role, one in part.groupby("role")}
+        first = next(iter(roles.values()))
+        entries.setdefault(task, {"title": tasks.load(task).title, "layers": {}})["layers"][str(layer)] = {
+            "tokens": first["token"].tolist(), "kinds": first["kind"].tolist(),
+            "roles": {
+                role: {
+                    "latent": int(one["latent"].iloc[0]), "share": round(float(one["share"].iloc[0]), 4),
+                    "activations": [None if np.isnan(a) else round(a, 2) for a in one["activation"]],
+                }
+                for role, one in roles.items()
+            },
+        }
+    return TokenStrip({"model": model, "tasks": entries}, backend)

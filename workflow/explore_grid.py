@@ -9,7 +9,7 @@ import argparse
 import pandas as pd
 import torch
 
-from nb_utils import engine, microscope, models, prompts, saes, tables, tasks
+from nb_utils import engine, microscope, models, prompts, saes, tables, tasks, workbench
 from nb_utils.widgets import KEPT, N_EXAMPLES, N_TEST, N_TOKENS, PENALTY, WHOLE, pruned_vector, survivors
 
 TASKS = ("antonyms", "en_es", "present_simple_past_simple")
@@ -17,6 +17,7 @@ SCALES = (-0.5, -0.25, -0.1, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0)
 ELSEWHERE = (-0.25, 0.1, 0.2, 0.3, 0.5)  # scales on the other tasks
 LAYERS, MOST = (6, 8, 10), 8  # most features of one task at one layer, by weight
 N_SHOTS, N_PROMPTS = 4, 12
+N_PAIRS, CLEANED_LAYER = 20, 10  # of the workbench's example
 
 
 def directions(task: str, layer: int, sae: saes.Sae) -> tuple[pd.DataFrame, torch.Tensor]:
@@ -106,6 +107,27 @@ def strips(lm: models.Model, splits: dict, dictionaries: dict) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+def cleaning(lm: models.Model, dictionaries: dict, task: str, layer: int) -> pd.DataFrame:
+    """Do with the first 20 training pairs of a task what the workbench does; one row per vector."""
+    pairs = [f"{pair.x} -> {pair.y}" for pair in tasks.split(tasks.load(task)).vector[:N_PAIRS]]
+    bench = workbench.prepare(lm, dictionaries[layer], tasks.parse("\n".join(pairs)), tuple(dictionaries))
+    found = [{"method": "zero_shot", "layer": -1, "loss": bench.trial.zero_shot}]
+    found += [{"method": "few_shot", "layer": -1, "loss": bench.few_shot}]
+    for at in workbench.curve(bench):
+        found += [{"method": name, "layer": at["layer"], "loss": at[name]} for name in ("task_vector", "centred")]
+    for name, method in {"prune_contrast": workbench.prune, "clean": workbench.clean}.items():
+        found += [
+            {
+                "method": name, "layer": layer, "k": len(w.latents), "loss": workbench.loss(bench.trial, w),
+                "validation_loss": w.validation_loss, "latents": w.latents, "weights": w.weights,
+            }
+            for w in method(bench)
+        ]
+    frame = pd.DataFrame(found).assign(task=task, n=len(bench.trial.pairs))
+    frame["pairs"] = [pairs] * len(frame)
+    return frame
+
+
 def main(argv: list[str] | None = None) -> None:
     """Write the three tables for the default model."""
     parser = argparse.ArgumentParser(prog="python -m workflow.explore_grid", description=__doc__.splitlines()[0])
@@ -123,6 +145,8 @@ def main(argv: list[str] | None = None) -> None:
 
     for task, frame in strips(lm, splits, dictionaries).groupby("task"):
         save(frame, "explore_tokens", task)
+    every = {layer: dictionaries.get(layer) or saes.load(lm, "shipped", layer) for layer in saes.layers(lm, "shipped")}
+    save(cleaning(lm, every, TASKS[0], CLEANED_LAYER), "explore_cleaning", TASKS[0])
     sites = {
         task: engine.Site.prepare(lm, prompts.zero_shot(lm.tokenizer, split.test[:N_TEST]), answer_tokens=2)
         for task, split in splits.items()

@@ -81,7 +81,7 @@ function render({ model, el: root }) {
       const known = data.evidence[`${shown.layer}:${f.latent}`];
       const name = f.latent < 0 ? "all pruned features together" : `feature ${f.latent}`;
       const tokens = known?.promoted?.length ? ` · ${known.promoted.slice(0, 3).map(visible).join(" ")}` : "";
-      return [f.latent, `${name} · ${f.method}, weight ${number(f.weight)}${tokens}`, `${name} ${f.method} ${(known?.promoted ?? []).join(" ")}`.toLowerCase()];
+      return [f.latent, f.latent < 0 ? name : `${name} · ${f.method}, weight ${number(f.weight)}${tokens}`, `${name} ${f.method} ${(known?.promoted ?? []).join(" ")}`.toLowerCase()];
     });
     const found = described.filter(([, , text]) => words.every((w) => text.includes(w)));
     if (keep && shown.latent === null && found.length) shown.latent = found[0][0];
