@@ -1,5 +1,5 @@
 # book: run three tasks and build the book · report: the same for every task · test: the whole test suite
-# More: html (only rebuild the pages) serve lab lint saes evidence tasks clean. Each target installs what it needs into .venv.
+# More: html (only rebuild the pages) serve lab lint saes evidence explore tasks clean. Each target installs what it needs into .venv.
 
 PYTHON ?= $(shell for p in python3.11 python3 python; do $$p -c \
   'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -16,7 +16,7 @@ SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --profile workflow/p
 runs = $(SNAKEMAKE) --unlock $(1) >/dev/null 2>&1; $(SNAKEMAKE) $(1)
 
 .SILENT:
-.PHONY: book report html model test lint serve lab saes evidence tasks constraints clean
+.PHONY: book report html model test lint serve lab saes evidence explore tasks constraints clean
 
 book: model
 	$(call runs,--config model='$(MODEL)' sae_set='$(SAES)' size=book tasks='$(TASKS)')
@@ -42,7 +42,7 @@ test: .venv/installed
 
 lint: .venv/installed
 	$(BIN)/ruff check .
-	$(BIN)/nbstripout --verify --keep-id book/experiments/*.ipynb book/findings/*.ipynb
+	$(BIN)/nbstripout --verify --keep-id book/explore.ipynb book/*/*.ipynb
 
 serve: .venv/installed
 	test -e _build/html/index.html || { echo "There is no book yet: run make book first."; exit 1; }
@@ -51,6 +51,9 @@ serve: .venv/installed
 
 lab: .venv/installed
 	$(BIN)/jupyter lab --ip 127.0.0.1 --notebook-dir .
+
+explore: model
+	$(BIN)/python -m workflow.explore_grid
 
 saes: model
 	$(BIN)/python -m workflow.build_corpus

@@ -90,7 +90,7 @@ def parse(text: str, separator: str = "->") -> Task:
 
     Raises TaskError, naming the line or the entry, if the text cannot be used.
     """
-    path = Path("your pairs")
+    path = Path("the pasted text")
     if text.lstrip().startswith(("{", "[")):
         return _task(path, _record(path, text.encode("utf-8", "surrogatepass")))
     rows = []
@@ -99,7 +99,7 @@ def parse(text: str, separator: str = "->") -> Task:
         if line.strip() and not found:
             raise TaskError(f"{path}, line {number} has no separator: write it as x {separator} y.")
         if line.strip():
-            rows.append((x, y))
+            rows.append((x.strip(), y.strip()))
     return _task(path, rows)
 
 

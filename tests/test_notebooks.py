@@ -34,7 +34,8 @@ def read(path):
     return nbformat.read(path, as_version=4)
 
 
-every_notebook = pytest.mark.parametrize("path", EXPERIMENTS + FINDINGS, ids=name)
+EXPLORE = ROOT / "book/explore.ipynb"
+every_notebook = pytest.mark.parametrize("path", [*EXPERIMENTS, *FINDINGS, EXPLORE], ids=name)
 every_experiment = pytest.mark.parametrize("path", EXPERIMENTS, ids=name)
 
 
@@ -83,7 +84,7 @@ def test_a_notebook_holds_no_absolute_path_star_import_or_path_edit(path):
                 assert not (isinstance(node, ast.ImportFrom) and node.names[0].name == "*"), cell.id
 
 
-@pytest.mark.parametrize("path", FINDINGS, ids=name)
+@pytest.mark.parametrize("path", [*FINDINGS, EXPLORE], ids=name)
 def test_a_finding_reads_tables_and_never_imports_torch(path):
     source = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "code")
     assert not re.search(r"\b(torch|transformer_lens|sae_lens)\b", source)

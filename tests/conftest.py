@@ -1,0 +1,60 @@
+"""Fixtures that several files of tests share: the built book and a browser."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_markdown_cell, new_notebook
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("_config.yml", "_toc.yml", "book", "nb_utils", "results/tables", "data", "saes")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+RUN = "results/runs/02_cleanup/gemma-3-270m"
+
+
+def stub(path, title):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(new_notebook(cells=[new_markdown_cell(f"# {title}")]), path)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """Build a copy of the book, with one finished run, one failed and one killed; return the HTML folder."""
+    home = tmp_path_factory.mktemp("book")
+    for part in PARTS:
+        if (ROOT / part).is_dir():
+            (home / part).parent.mkdir(parents=True, exist_ok=True)
+            (home / part).symlink_to(ROOT / part) if part == "saes" else shutil.copytree(ROOT / part, home / part)
+        elif (ROOT / part).exists():
+            shutil.copy(ROOT / part, home / part)
+    stub(home / RUN / "antonyms.ipynb", "Cleanup: antonyms")
+    stub(home / RUN / "en_es.failed.ipynb", "Cleanup, failed")
+    stub(home / RUN / ".en_it.x7k2.ipynb", "Cleanup, killed")
+    command = [Path(sys.executable).with_name("jupyter-book"), "build", home, "--all", "-W", "-n", "--keep-going"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(home)})
+    said = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr)
+    assert done.returncode == 0, said[-4000:]
+    return home / "_build/html"
+
+
+@pytest.fixture(scope="session")
+def pages(built):
+    return [path for path in sorted(built.rglob("*.html")) if "_static" not in path.parts]
+
+
+@pytest.fixture(scope="session")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if program is None:
+        pytest.skip("no chromium on this machine: install one to check the pages in a browser")
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield started
+        started.close()

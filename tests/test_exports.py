@@ -1,0 +1,127 @@
+"""Exported vectors: whole or not at all, checked when read, and usable without any of our code."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import nbformat
+import pytest
+import torch
+from conftest import ROOT
+
+from nb_utils import exports, models, saes, tasks, workbench
+from nb_utils.exports import ExportError
+
+LAYER = 3
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return models.load("tiny")
+
+
+@pytest.fixture(scope="module")
+def sae(tiny):
+    return saes.random(tiny, LAYER)
+
+
+@pytest.fixture(scope="module")
+def exported(tiny, sae):
+    task = tasks.parse("\n".join(f"in{i} -> out{i}" for i in range(20)))
+    bench = workbench.prepare(tiny, sae, task, (LAYER,))
+    return workbench.export(bench.trial, workbench.Weighted((3, 17, 40), (1.5, -0.5, 2.0), False, 0.0))
+
+
+@pytest.fixture
+def folder(exported, tmp_path):
+    return exports.save(exported, tmp_path / "made" / "vector")
+
+
+def test_a_vector_survives_the_way_to_a_folder_and_back(exported, folder, tiny, sae):
+    found = exports.load(folder, tiny, sae)
+    assert torch.equal(found.vector, exported.vector) and found.card == exported.card
+    trial, weighted = workbench.restore(found, tiny, sae)
+    assert weighted.latents == (3, 17, 40)
+    assert workbench.loss(trial, weighted) == pytest.approx(found.card.loss, abs=1e-4)
+    assert found.card.loss != pytest.approx(found.card.zero_shot_loss, abs=1e-3)
+
+
+def test_the_card_says_where_the_vector_belongs(folder, tiny, sae):
+    card = json.loads((folder / "card.json").read_text())
+    assert (card["model"], card["layer"], card["hook_name"]) == ("tiny", LAYER, f"blocks.{LAYER}.hook_resid_post")
+    assert card["features"] == {"3": 1.5, "17": -0.5, "40": 2.0}
+    assert (card["model_sha256"], card["sae_sha256"]) == (tiny.sha256, sae.sha256)
+    assert card["licence"] and len(card["heldout"]) == 6
+
+
+def test_an_existing_folder_is_never_overwritten(exported, folder):
+    with pytest.raises(ExportError, match="exists already"):
+        exports.save(exported, folder)
+
+
+def test_a_failed_write_leaves_nothing_behind(exported, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exports.os, "rename", full)
+    with pytest.raises(ExportError, match="No space left"):
+        exports.save(exported, tmp_path / "vector")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_a_folder_needs_a_name(exported, name):
+    with pytest.raises(ExportError, match="no name"):
+        exports.save(exported, name)
+
+
+def change(folder, **fields):
+    card = json.loads((folder / "card.json").read_text())
+    (folder / "card.json").write_text(json.dumps({**card, **fields}))
+
+
+def cut(folder):
+    (folder / "vector.safetensors").write_bytes((folder / "vector.safetensors").read_bytes()[:-8])
+
+
+DAMAGE = {
+    "no vector": (lambda f: (f / "vector.safetensors").unlink(), "There is no"),
+    "no card": (lambda f: (f / "card.json").unlink(), "There is no"),
+    "not JSON": (lambda f: (f / "card.json").write_text("{"), "cannot be read"),
+    "a list": (lambda f: (f / "card.json").write_text("[]"), "not a card of the format"),
+    "another format": (lambda f: change(f, format="other/9"), "not a card of the format"),
+    "cut": (cut, "does not match the hash"),
+    "layer is text": (lambda f: change(f, layer="3"), "no usable 'layer'"),
+    "layer is true": (lambda f: change(f, layer=True), "no usable 'layer'"),
+    "held-out pairs are one": (lambda f: change(f, heldout=["a ->"]), "no usable list of held-out pairs"),
+    "another model": (lambda f: change(f, model_sha256="0"), "made for other weights"),
+    "a layer too high": (lambda f: change(f, layer=99), "does not fit"),
+    "another SAE": (lambda f: change(f, sae_sha256="0"), "another SAE"),
+    "another bias": (lambda f: change(f, bias=True), "don't add up"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_folder_that_does_not_fit_is_refused_in_one_sentence(folder, tiny, sae, name):
+    damage, says = DAMAGE[name]
+    damage(folder)
+    with pytest.raises(ExportError, match=says) as caught:
+        exports.load(folder, tiny, sae)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_code_on_the_page_finds_the_loss_of_the_card(exported, folder, tiny, tmp_path):
+    page = nbformat.read(ROOT / "book/explore.ipynb", as_version=4)
+    source = next(cell.source for cell in page.cells if cell.id == "export-code")
+    code = source.removeprefix("```python\n").removesuffix("\n```")
+    assert "nb_utils" not in code and "sae" not in code
+    home = tmp_path / "elsewhere"
+    shutil.copytree(folder, home / "my-vector")
+    tiny.hf.save_pretrained(home / ".cache/models/gemma-3-270m")
+    tiny.tokenizer.save_pretrained(home / ".cache/models/gemma-3-270m")
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=home, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found, said = map(float, done.stdout.split())
+    assert said == exported.card.loss
+    assert found == pytest.approx(said, abs=1e-4)
