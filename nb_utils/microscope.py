@@ -131,36 +131,14 @@ def continuations(
 
 
 def activations(model: Model, sae: Sae, read: Prompt, latents: list[int]) -> Float[Tensor, "tokens latents"]:
-    """Return raw activations of latents at every token from the first to the last separator; BOS is left as NaN."""
+    """Return raw activations of latents at every token up to the last separator; NaN at the first (BOS, or a sink)."""
     for latent in latents:
         direction(sae, latent)
     end = read.separators[-1] + 1
     stream = engine.residuals(model, [read], [tuple(range(end))], [sae.layer])[sae.layer]
     codes = sae.encode(stream)[:, latents]
-    if read.ids[0] == model.tokenizer.bos_token_id:
-        codes[0] = float("nan")
+    codes[0] = float("nan")
     return codes
-
-
-def kinds(read: Prompt, bos: int | None = None) -> list[str]:
-    """Name what each token up to the last separator is: bos, arrow, output, newline or input.
-
-    A token belongs to the output if it lies between a separator and the last token of its y.
-    """
-    named, separators, outputs = [], set(read.separators), sorted(read.outputs)
-    spans = list(zip(read.separators, outputs, strict=False))
-    for index in range(read.separators[-1] + 1):
-        if index == 0 and bos is not None and read.ids[0] == bos:
-            named.append("bos")
-        elif index in separators:
-            named.append("arrow")
-        elif any(start < index <= end for start, end in spans):
-            named.append("output")
-        elif any(index == end + 1 for end in outputs):
-            named.append("newline")
-        else:
-            named.append("input")
-    return named
 
 
 def pieces(tokenizer, ids) -> list[str]:

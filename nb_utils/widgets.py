@@ -452,7 +452,7 @@ class TokenStrip(_Live):
         return {"layers": list(self.backend.layers)}
 
     def answer(self, question: Mapping) -> dict:
-        from nb_utils import microscope
+        from nb_utils import microscope, prompts
 
         model, layer = self.backend.model, self.backend.layer(question.get("layer"))
         latents = question.get("latents")
@@ -461,8 +461,8 @@ class TokenStrip(_Live):
         read = microscope.prompt(model.tokenizer, str(question.get("prompt", "")))
         found = microscope.activations(model, self.backend.sae(layer), read, latents)
         return {
-            "tokens": microscope.pieces(model.tokenizer, read.ids[: read.separators[-1] + 1]),
-            "kinds": microscope.kinds(read, model.tokenizer.bos_token_id),
+            "tokens": microscope.pieces(model.tokenizer, read.ids[: len(found)]),
+            "kinds": prompts.token_types(read)[: len(found)],
             "activations": [[None if np.isnan(a) else a for a in column] for column in found.T.tolist()],
         }
 

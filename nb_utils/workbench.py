@@ -38,7 +38,7 @@ class Bench:
     """A task at one layer, ready to be cleaned; losses in nats over the first two answer tokens."""
 
     trial: Trial
-    at: vectors.Separators
+    at: vectors.Streams
     problem: cleaning.Problem
     few_shot: float
 

@@ -92,17 +92,6 @@ def test_activations_are_the_codes_of_the_residual_stream_at_each_token(tiny, sa
     assert found[1:].any()
 
 
-def test_each_token_has_its_kind(tiny):
-    read = microscope.prompt(tiny.tokenizer, "a -> bc\nd ->")
-    kinds = microscope.kinds(read, tiny.tokenizer.bos_token_id)
-    tokens = microscope.pieces(tiny.tokenizer, read.ids[: read.separators[-1] + 1])
-    assert list(zip(tokens, kinds, strict=True)) == [
-        ("<bos>", "bos"), ("a", "input"), (" ", "input"), ("-", "input"), (">", "arrow"), (" ", "output"),
-        ("b", "output"), ("c", "output"), ("\n", "newline"), ("d", "input"), (" ", "input"), ("-", "input"),
-        (">", "arrow"),
-    ]  # fmt: skip
-
-
 @pytest.mark.parametrize("latent", [-1, 64, 10**9])
 def test_an_unknown_latent_is_refused_in_one_sentence(sae, latent):
     with pytest.raises(MicroscopeError, match=f"no latent {latent} after block 2"):

@@ -80,29 +80,29 @@ def strips(lm: models.Model, splits: dict, dictionaries: dict) -> pd.DataFrame:
         task: prompts.few_shot(lm.tokenizer, split.vector, split.test[:N_PROMPTS], N_SHOTS, seed=0)
         for task, split in splits.items()
     }
-    bos, parts = lm.tokenizer.bos_token_id, []
+    parts = []
     for layer, sae in dictionaries.items():
         codes, kinds = {}, {}
         for task, batch in read.items():
             spots = [tuple(range(p.separators[-1] + 1)) for p in batch]
             codes[task] = sae.encode(engine.residuals(lm, batch, spots, [layer])[layer])
-            kinds[task] = pd.Series([kind for p in batch for kind in microscope.kinds(p, bos)])
+            types = [prompts.token_types(p)[: p.separators[-1] + 1] for p in batch]
+            kinds[task] = pd.Series([kind for row in types for kind in row])
         for role, kind in {"detector": "output", "executor": "arrow"}.items():
             means = {t: codes[t][torch.tensor((kinds[t] == kind).to_numpy())].mean(0) for t in read}
             for task, batch in read.items():
                 others = torch.stack([mean for other, mean in means.items() if other != task]).amax(0)
                 latent = int((means[task] - others).argmax())
-                at = torch.tensor((kinds[task] != "bos").to_numpy())
+                counted = torch.tensor(kinds[task].notna().to_numpy())
                 here = torch.tensor((kinds[task] == kind).to_numpy())
-                mass = codes[task][:, latent]
+                mass = codes[task][:, latent].where(counted, torch.nan)
                 end = batch[0].separators[-1] + 1
                 parts.append(pd.DataFrame({
                     "task": task, "layer": layer, "role": role, "latent": latent,
-                    "share": float(mass[here].sum() / mass[at].sum()), "position": range(end),
+                    "share": float(mass[here].sum() / mass[counted].sum()), "position": range(end),
                     "token": microscope.pieces(lm.tokenizer, batch[0].ids[:end]),
-                    "kind": microscope.kinds(batch[0], bos),
-                    "activation": [float("nan") if k == "bos" else a for a, k in zip(
-                        mass[:end].tolist(), microscope.kinds(batch[0], bos), strict=True)],
+                    "kind": [kind or "" for kind in prompts.token_types(batch[0])[:end]],
+                    "activation": mass[:end].tolist(),
                 }))
     return pd.concat(parts, ignore_index=True)
 

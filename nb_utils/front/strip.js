@@ -6,7 +6,7 @@ function stripOf(tokens, kinds, activations, role) {
   const most = Math.max(1e-9, ...activations.map((a) => a ?? 0));
   return el("div", { class: "nbw-strip", role: "list", "aria-label": `${ROLES[role][1]} by token` }, ...tokens.map((token, i) => {
     const a = activations[i];
-    return el("span", { role: "listitem", "data-kind": kinds[i], style: a > 0 ? `background:rgba(${ROLES[role][0]},${(0.12 + 0.43 * a / most).toFixed(2)})` : "" },
+    return el("span", { role: "listitem", "data-kind": kinds[i] ?? "", style: a > 0 ? `background:rgba(${ROLES[role][0]},${(0.12 + 0.43 * a / most).toFixed(2)})` : "" },
       el("code", {}, visible(token)), el("small", {}, a == null ? "–" : a > 0 ? String(Math.round(a)) : "·"));
   }));
 }
@@ -37,8 +37,7 @@ function render({ model, el: root }) {
     if (!found) return strips.replaceChildren("Nothing is stored for this layer: type latents.");
     const by = Object.fromEntries(Object.entries(found.roles).map(([role, r]) => [role, r.activations]));
     draw(found.tokens, found.kinds, by, (role) => `latent ${found.roles[role].latent}, ${Math.round(100 * found.roles[role].share)} % of its activation on ${role === "detector" ? "outputs" : "arrows"}`);
-    const text = found.tokens.slice(found.kinds[0] === "bos" ? 1 : 0).join("");
-    prompt.value = text;
+    prompt.value = found.tokens.slice(found.tokens[0] === "<bos>" ? 1 : 0).join("");
     for (const role of Object.keys(ROLES)) latents[role].value = found.roles[role]?.latent ?? "";
   }
   function listLayers() {
