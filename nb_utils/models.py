@@ -164,6 +164,10 @@ def load(name: str = "gemma-3-270m", device: str = "cpu", dtype: torch.dtype = t
             f"Model {name!r} could not be loaded ({str(error).splitlines()[0]}); "
             f"check the name, its files and your connection, or use an embedded model: {', '.join(EMBEDDED)}."
         ) from error
+    if len(tokenizer) < hf.config.vocab_size // 2:  # transformers makes up an empty one where files are missing
+        raise ModelError(
+            f"{folder} has no tokenizer for its {hf.config.vocab_size:,} tokens: save the model's tokenizer beside it."
+        )
     hf = hf.to(device).eval().requires_grad_(False)
     if name not in EMBEDDED:
         _check_layout(hf, name)
@@ -208,19 +212,22 @@ def _converted(name: str) -> Path:
         raise ModelError(
             f"Converting {name!r} needs 3 GB in {target.parent}, but {free / 1e9:.1f} GB are free: set NB_CACHE."
         )
-    if target.exists():
-        raise ModelError(f"{target} is incomplete: delete it and run again to convert {name!r} anew.")
-    # Everything happens in a scratch folder beside the target: a killed conversion leaves no half of it.
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}.") as scratch:
-        _convert(spec, Path(scratch))
-        (Path(scratch) / "model.gguf").unlink()
-        os.chmod(scratch, 0o755)  # a cache may be shared; scratch folders are made private
-        try:
+    from filelock import FileLock
+
+    with FileLock(target.parent / f".{name}.lock"):  # a second process waits, and finds the model of the first
+        if (target / "manifest.json").exists():
+            return target
+        if target.exists():
+            raise ModelError(f"{target} is incomplete: delete it and run again to convert {name!r} anew.")
+        for stale in target.parent.glob(f".{name}.*.part"):  # of a conversion that was killed; it takes a gigabyte
+            shutil.rmtree(stale)
+        # Everything happens in a scratch folder beside the target: a killed conversion leaves no half of it.
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}.", suffix=".part") as scratch:
+            _convert(spec, Path(scratch))
+            (Path(scratch) / "model.gguf").unlink()
+            os.chmod(scratch, 0o755)  # a cache may be shared; scratch folders are made private
             os.rename(scratch, target)
-        except OSError:  # another process finished first; its copy is as good as ours
-            if not (target / "manifest.json").exists():
-                raise
-        Path(scratch).mkdir(exist_ok=True)
+            Path(scratch).mkdir()  # for the context to delete
     return target
 
 

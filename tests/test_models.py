@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -142,7 +144,7 @@ def test_an_embedded_model_is_converted_once_to_the_weights_of_its_package(toy, 
     assert (model.n_layers, model.d_model) == (2, 16)
     assert model.tokenizer.decode(model.tokenizer("he -> é")["input_ids"]) == "he -> é"
     assert (toy / "TERMS.md").read_text() == "Be kind."
-    assert [path.name for path in toy.parent.iterdir()] == ["toy"] and not list(toy.glob("*.gguf"))
+    assert [path.name for path in toy.parent.glob("[!.]*")] == ["toy"] and not list(toy.glob("*.gguf"))
     monkeypatch.setattr(models, "_convert", lambda *args: pytest.fail("the model was converted again"))
     assert models.load("toy").sha256 == model.sha256
 
@@ -169,7 +171,7 @@ def test_a_package_that_does_not_match_its_pinned_hash_is_refused_and_leaves_not
     monkeypatch.setitem(models.EMBEDDED, "toy", entry("0" * 64))
     message = refused(models.load, "toy")
     assert "toy==1.0" in message and "reinstall" in message
-    assert list(toy.parent.iterdir()) == []
+    assert not list(toy.parent.glob("[!.]*")) and not list(toy.parent.glob(".toy.*.part"))
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(toy, monkeypatch):
@@ -182,7 +184,7 @@ def test_no_room_on_the_disk_is_said_before_anything_is_written(toy, monkeypatch
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1.2e9))
     message = refused(models.load, "toy")
     assert "3 GB" in message and "1.2 GB" in message and "NB_CACHE" in message
-    assert list(toy.parent.iterdir()) == []
+    assert not list(toy.parent.glob("[!.]*")) and not list(toy.parent.glob(".toy.*.part"))
 
 
 def test_a_conversion_that_fails_leaves_nothing_and_the_next_one_succeeds(toy, monkeypatch):
@@ -194,7 +196,7 @@ def test_a_conversion_that_fails_leaves_nothing_and_the_next_one_succeeds(toy, m
         patch.setattr("transformers.PreTrainedModel.save_pretrained", fail)
         with pytest.raises(KeyboardInterrupt):
             models.load("toy")
-    assert list(toy.parent.iterdir()) == []
+    assert not list(toy.parent.glob("[!.]*")) and not list(toy.parent.glob(".toy.*.part"))
     assert models.load("toy").n_layers == 2
 
 
@@ -215,6 +217,21 @@ def test_a_killed_conversion_leaves_no_model_and_the_next_one_succeeds(toy, shel
     assert run.returncode == -9, run.stderr.decode()
     assert list(toy.parent.glob(".toy.*/model.safetensors")) and not toy.exists()
     assert models.load("toy").n_layers == 2
+    assert not list(toy.parent.glob(".toy.*.part")), "what the killed one left takes room for good"
+
+
+def test_two_runs_at_once_convert_once(toy, monkeypatch):
+    real, calls = models._convert, []
+
+    def slow(spec, folder):
+        calls.append(folder)
+        time.sleep(0.5)
+        real(spec, folder)
+
+    monkeypatch.setattr(models, "_convert", slow)
+    with ThreadPoolExecutor(2) as pool:
+        folders = list(pool.map(models._converted, ["toy", "toy"]))
+    assert len(calls) == 1 and folders == [toy, toy]
 
 
 # --- damaged files ---------------------------------------------------------------------------------------------
@@ -267,6 +284,12 @@ def test_a_folder_with_safetensors_is_a_model(own, tiny):
     assert torch.equal(model.tokenizer("hot -> cold", return_tensors="pt").input_ids, ids)
     torch.testing.assert_close(model.hf(ids).logits, tiny.hf(ids).logits)
     torch.testing.assert_close(model.bridge(ids), tiny.hf(ids).logits, atol=1e-4, rtol=0)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(own):
+    for path in own.glob("tokenizer*"):
+        path.unlink()
+    assert "save the model's tokenizer beside it" in refused(models.load, str(own))
 
 
 def test_a_folder_with_pickled_weights_only_is_refused(own):
