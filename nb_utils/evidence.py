@@ -1,1 +1,301 @@
-"""What is known of a feature, as HTML: examples, density, promoted tokens, causal numbers."""
+"""What is known of a feature, as HTML: where it fires, what it promotes, which tasks it helps and harms.
+
+All text of tokens and documents is escaped: it shows as itself, whatever it looks like.
+"""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from html import escape
+
+import pandas as pd
+
+from nb_utils import metrics, plots, tables
+
+SOURCES = {"executor": "02_cleanup_features", "detector": "04_detectors_features"}
+STEERING, MASS, FEATURES = "05_cross_task_steering", "04_detectors_mass", "features"
+PLACES = {"executor": "at the separator", "detector": "at the dummy output of a one-shot prompt"}
+TOKEN_TYPES = ("input", "arrow", "output", "newline")
+STEERED = ["kind", "task", "which", "scale", "loss", "rel_loss", "accuracy", "in_raw", "in_clean"]
+FIRED = ["kind", "task", "token_type", "mass", "density"]
+
+
+class EvidenceError(ValueError):
+    """Evidence that is asked for and not there; the message says what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Feature:
+    """One latent of the SAE of one block, with all that was measured of it; a frame is empty where nothing was.
+
+    ``kept``: kind, task and weight, a row per cleaned or pruned vector that keeps it. ``seen``: its row of the table
+    of `workflow.collect_evidence`, or None. ``mass``: by token type in few-shot prompts of those tasks. ``steering``:
+    a row per task to whose prompts it was added alone, at its best scale (chosen on validation prompts).
+    """
+
+    layer: int
+    latent: int
+    kept: pd.DataFrame
+    seen: dict | None
+    mass: pd.DataFrame
+    steering: pd.DataFrame
+
+    @property
+    def name(self) -> str:
+        return f"{self.layer}_{self.latent}"
+
+    @property
+    def title(self) -> str:
+        return f"Feature {self.latent} of block {self.layer}"
+
+
+def surviving(model: str = tables.MODEL, folder: str | None = None) -> pd.DataFrame:
+    """List the features that have a page: those that `metrics.survivors` finds, and all that were steered with.
+
+    Columns layer, latent, kind, task, weight (NaN where steering alone names it); a row per task that keeps it. A
+    feature that no task keeps has one row with an empty task. Empty where nothing was measured.
+    """
+    columns = ["layer", "latent", "kind", "task", "weight"]
+    found = [pd.DataFrame(columns=columns)]
+    for kind, stem in SOURCES.items():
+        if (latents := _measured(stem, model, folder)) is not None:
+            found.append(metrics.survivors(latents).assign(kind=kind)[columns])
+    if (steered := _steered(model, folder)) is not None:
+        own = steered[steered["in_clean"].astype(bool)].assign(weight=float("nan"))
+        other = steered.assign(task="", weight=float("nan"))
+        found += [own[columns], other[columns]]
+    whole = pd.concat([part for part in found if len(part)] or found, ignore_index=True)
+    whole = whole.drop_duplicates(["layer", "latent", "kind", "task"])
+    named = whole.groupby(["layer", "latent", "kind"])["task"].transform(lambda tasks: (tasks != "").any())
+    whole = whole[(whole["task"] != "") | ~named.astype(bool)]
+    whole = whole.sort_values(["layer", "latent", "kind", "task"]).reset_index(drop=True)
+    return whole.astype({"layer": int, "latent": int})
+
+
+def load(model: str = tables.MODEL, folder: str | None = None) -> list[Feature]:
+    """Return every surviving feature with its evidence, by block and latent; a missing table leaves its part empty."""
+    kept = surviving(model, folder)
+    wanted = set(zip(kept["layer"], kept["latent"], strict=True))
+    seen = _measured(FEATURES, model, folder)
+    mass, steering = _measured(MASS, model, folder), _steered(model, folder)
+    if seen is not None:
+        seen = seen[[key in wanted for key in zip(seen["layer"], seen["latent"], strict=True)]]
+    rows = {} if seen is None else {(row["layer"], row["latent"]): row for row in seen.to_dict("records")}
+    fired, moved = _by_feature(mass, FIRED), _by_feature(steering, STEERED)
+    return [
+        Feature(*key, part.drop(columns=["layer", "latent"]), rows.get(key), fired(key), moved(key))
+        for key, part in kept.groupby(["layer", "latent"])
+    ]
+
+
+def feature(layer: int, latent: int, model: str = tables.MODEL, folder: str | None = None) -> Feature:
+    """Return one surviving feature; raises EvidenceError if it is not one."""
+    for found in load(model, folder):
+        if (found.layer, found.latent) == (layer, latent):
+            return found
+    raise EvidenceError(f"No task keeps feature {latent} of block {layer}: take one of `evidence.surviving()`.")
+
+
+def page(layer: int, latent: int) -> str | None:
+    """Return the address of a feature's page as seen from book/findings, or None if it has none."""
+    return f"../features/{int(layer)}_{int(latent)}.html" if (int(layer), int(latent)) in _pages() else None
+
+
+def link(layer: int, latent: int, text: str | None = None) -> str:
+    """Return the feature's number (or ``text``, shown as it is) as a link to its page, or plain if it has none.
+
+    HTML, for a cell of `plots.table`.
+    """
+    shown = escape(str(int(latent)) if text is None else text)
+    address = page(layer, latent)
+    return f'<a href="{address}">{shown}</a>' if address else shown
+
+
+def _pages() -> frozenset[tuple[int, int]]:
+    return _known(os.environ.get("NB_TABLES", ""))
+
+
+@cache
+def _known(_: str) -> frozenset[tuple[int, int]]:
+    kept = surviving()
+    return frozenset(zip(kept["layer"].tolist(), kept["latent"].tolist(), strict=True))
+
+
+def show(text: str) -> str:
+    """Return text as HTML that shows each character: escaped, line ends as ↵, the invisible by its number."""
+    marks = {"\n": "↵", "\t": "⇥"}
+    return "".join(
+        marks.get(c) or (escape(c) if c.isprintable() or unicodedata.category(c) == "Zs" else f"[U+{ord(c):04X}]")
+        for c in text
+    )
+
+
+def summary(feature: Feature) -> str:
+    """Say in one computed sentence what the feature does alone, or that this was not tested."""
+    tried = feature.steering.sort_values("rel_loss", kind="stable")
+    if tried.empty:
+        return "No causal test: this feature alone was not added to the prompts of any task."
+    best, n = tried.iloc[0], tried["task"].nunique()
+    place = f"{PLACES.get(best['kind'], '')}, {best['scale']:.2f} of the mean residual norm long"
+    effect = f"{percent(best['rel_loss'])} ({_unsteered(best):.2f} to {best['loss']:.2f} nats)"
+    name = f"<em>{show(plots.title(best['task']))}</em>"
+    if best["rel_loss"] < 0:
+        among = f"Of {n} tasks it helps {name} most" if n > 1 else f"It helps {name}"
+        return f"{among}: added {place}, it changes the loss by {effect}."
+    among = f"none of {n} tasks; {name} is harmed least" if n > 1 else f"not even {name}"
+    return f"Alone, it helps {among}: added {place}, it changes the loss by {effect}."
+
+
+def examples(feature: Feature) -> str:
+    """Show the max-activating examples with the firing token marked, each with its activation and source."""
+    if feature.seen is None:
+        return _none("No held-out text was read for this feature.")
+    found = list(feature.seen["examples"])
+    if not found:
+        return _none("It fired nowhere in the held-out text.")
+    rows = [
+        f'<li><span class="nb-number">{e["activation"]:,.0f}</span><q class="nb-text">…{show(e["before"])}'
+        f'<mark>{show(e["token"])}</mark>{show(e["after"])}…</q>'
+        f'<cite>{show(e["source"])}, {show(e["language"])}</cite></li>'
+        for e in found
+    ]
+    return f'<ol class="nb-examples">{"".join(rows)}</ol>'
+
+
+def density(feature: Feature) -> str:
+    """Say on which share of the held-out tokens the feature fires, and how strongly at most."""
+    if feature.seen is None:
+        return _none("Its density was not measured.")
+    share, largest = feature.seen["density"], feature.seen["largest"]
+    often = f", one in {1 / share:,.0f}" if 0 < share < 0.5 else ""
+    return f"<p>It fires on {100 * share:.3g} % of held-out tokens{often}; at most with {largest:,.0f}.</p>"
+
+
+def promoted(feature: Feature) -> str:
+    """Show the tokens that the feature's direction promotes and suppresses most through the unembedding."""
+    if feature.seen is None:
+        return _none("Its direction was not read through the unembedding.")
+    lists = [
+        f'<dt>{name}</dt><dd>{" ".join(token(found["token"]) for found in feature.seen[column])}</dd>'
+        for name, column in (("promoted", "promoted"), ("suppressed", "suppressed"))
+    ]
+    return f'<dl class="nb-tokens">{"".join(lists)}</dl>'
+
+
+def token(text: str) -> str:
+    """Show one token with its spaces visible."""
+    return f'<bdi class="nb-token">{show(text)}</bdi>'
+
+
+def mass(feature: Feature) -> str:
+    """Show which share of the feature's activation in few-shot prompts falls on which type of token, task by task."""
+    if feature.mass.empty:
+        return _none("Its activation in few-shot prompts was not measured.")
+    wide = feature.mass.pivot_table(index=["kind", "task"], columns="token_type", values="mass", aggfunc="mean")
+    types = [t for t in TOKEN_TYPES if t in wide] + [t for t in wide if t not in TOKEN_TYPES]
+    rows = [
+        [show(plots.title(task)), show(kind), *(_bar(share, f"{share:.0%}") for share in row[types].fillna(0))]
+        for (kind, task), row in wide.iterrows()
+    ]
+    return table(["task", "kept as", *map(show, types)], rows)
+
+
+def steering(feature: Feature) -> str:
+    """Show what the feature alone does to the loss of each task at its best scale, from most helped to most harmed."""
+    if feature.steering.empty:
+        return _none("No causal test: it was not added to the prompts of any task.")
+    rows = [
+        [
+            show(plots.title(row["task"])), show(row["kind"]), f"{row['scale']:.2f}",
+            _bar(min(abs(row["rel_loss"]), 1), percent(row["rel_loss"]), "less" if row["rel_loss"] < 0 else "more"),
+            f"{_unsteered(row):.2f}", f"{row['loss']:.2f}", f"{row['accuracy']:.0%}",
+            "yes" if row["in_raw"] else "–", "yes" if row["in_clean"] else "–",
+        ]
+        for row in feature.steering.sort_values("rel_loss", kind="stable").to_dict("records")
+    ]  # fmt: skip
+    heads = ["task", "added as", "best scale", "change of loss", "loss before", "after", "accuracy", "in raw vector",
+             "kept by cleaning"]  # fmt: skip
+    return table(heads, rows)
+
+
+def kept(feature: Feature, most: int | None = None) -> str:
+    """List the tasks whose vector keeps the feature, each with what the feature alone does to that task's loss.
+
+    The most helped come first; ``most`` of them are named.
+    """
+    tried = feature.steering[["kind", "task", "rel_loss"]].astype({"rel_loss": float})
+    rows = feature.kept[feature.kept["task"] != ""].merge(tried, how="left", on=["kind", "task"])
+    rows = rows.sort_values(["rel_loss", "task"], kind="stable").to_dict("records")
+    named = [
+        f"{show(plots.title(row['task']))} ({show(row['kind'])}, "
+        f"{'no causal test' if pd.isna(row['rel_loss']) else percent(row['rel_loss'])})"
+        for row in rows[:most]
+    ]
+    more = [f"{len(rows) - most} more"] if most is not None and len(rows) > most else []
+    return "; ".join(named + more) or "none"
+
+
+def html(feature: Feature) -> str:
+    """Return all evidence for a feature as one block of HTML without blank lines, for a notebook."""
+    parts = [
+        f"<h3>{show(feature.title)}</h3><p>{summary(feature)}</p>", examples(feature), density(feature),
+        promoted(feature), mass(feature), steering(feature),
+    ]  # fmt: skip
+    return block("".join(parts))
+
+
+def block(html: str) -> str:
+    """Return HTML as one block on one line: Markdown ends a block at a blank line, MathJax leaves this one alone."""
+    return f'<div class="nb-feature tex2jax_ignore mathjax_ignore">{html}</div>'.replace("\n", " ")
+
+
+def _measured(stem: str, model: str, folder: str | None) -> pd.DataFrame | None:
+    try:
+        return tables.load(stem, model, folder)
+    except tables.TableError:
+        if tables.names(stem, model, folder):
+            raise  # it is there, and damaged
+        return None
+
+
+def _steered(model: str, folder: str | None) -> pd.DataFrame | None:
+    """Return the features of experiment 05 at their best scales (its baselines and random directions are left out)."""
+    found = _measured(STEERING, model, folder)
+    return None if found is None else found[(found["latent"] >= 0) & (found["which"] == "best")]
+
+
+def _by_feature(frame: pd.DataFrame | None, columns: list[str]):
+    empty = pd.DataFrame(columns=columns)
+    parts = {} if frame is None else dict(iter(frame.groupby(["layer", "latent"])))
+    return lambda key: parts[key][columns] if key in parts else empty
+
+
+def _unsteered(row) -> float:
+    return row["loss"] / (1 + row["rel_loss"])
+
+
+def percent(change: float) -> str:
+    """Write a relative change with its sign."""
+    return f"{change:+.0%}".replace("-", "−").replace("%", " %")
+
+
+def table(heads: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "") -> str:
+    """Return a table of cells that are HTML already; a wide one scrolls by itself. ``kind``: a further class."""
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    whole = f'<table class="nb-table {kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<div class="nb-scroll">{whole}</div>'
+
+
+def _none(text: str) -> str:
+    return f'<p class="nb-none">{text}</p>'
+
+
+def _bar(share: float, text: str, sign: str = "") -> str:
+    """Draw a share of 1 as a bar behind its number."""
+    kind = f"nb-bar nb-{sign}" if sign else "nb-bar"
+    return f'<span class="{kind}" style="--share: {100 * share:.0f}%">{text}</span>'

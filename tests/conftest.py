@@ -12,7 +12,7 @@ import pytest
 from nbformat.v4 import new_markdown_cell, new_notebook
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("_config.yml", "_toc.yml", "book", "nb_utils", "results/tables", "data", "saes")
+PARTS = ("_config.yml", "_toc.yml", "book", "nb_utils", "results/tables", "data", "saes", "workflow")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 RUN = "results/runs/02_cleanup/gemma-3-270m"
 
@@ -35,8 +35,10 @@ def built(tmp_path_factory):
     stub(home / RUN / "antonyms.ipynb", "Cleanup: antonyms")
     stub(home / RUN / "en_es.failed.ipynb", "Cleanup, failed")
     stub(home / RUN / ".en_it.x7k2.ipynb", "Cleanup, killed")
+    inside = {"cwd": home, "env": {**os.environ, "PYTHONPATH": str(home)}}
+    subprocess.run([sys.executable, "-m", "workflow.feature_pages", "--limit", "2"], check=True, **inside)
     command = [Path(sys.executable).with_name("jupyter-book"), "build", home, "--all", "-W", "-n", "--keep-going"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(home)})
+    done = subprocess.run(command, capture_output=True, text=True, **inside)
     said = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr)
     assert done.returncode == 0, said[-4000:]
     return home / "_build/html"

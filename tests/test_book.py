@@ -33,6 +33,12 @@ def test_the_strict_build_has_every_page_of_the_contents(built):
         assert (built / f"{page}.html").exists(), page
 
 
+def test_every_feature_that_the_list_names_has_its_page(built):
+    folder = built / "book/features"
+    links = re.findall(r'<a href="(\d+_\d+\.html)">', (folder / "index.html").read_text())
+    assert links and all((folder / link).exists() for link in links)
+
+
 def test_only_finished_runs_become_pages(built):
     assert [path.name for path in (built / RUN).glob("*.html")] == ["antonyms.html"]
 

@@ -1,0 +1,141 @@
+"""Write a page for every surviving feature, and a page that lists them, into book/features.
+
+Run as ``python -m workflow.feature_pages``, before the book is built. The pages come from the tables alone.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from nb_utils import evidence, plots, tables
+from nb_utils.evidence import Feature
+
+FOLDER = tables.ROOT / "book/features"
+CORPUS = tables.ROOT / "saes/corpus.json"
+# Hundreds of pages have no place in the side bar: it names their list alone.
+SHORT = "<style>.bd-sidebar-primary .toctree-l1.current > :is(ul, details) { display: none }</style>"
+
+
+def page(feature: Feature) -> str:
+    """Return the page of a feature as MyST: headings, and blocks of HTML that no parser looks into."""
+    parts = [
+        f"# {feature.title}",
+        evidence.block(f"{SHORT}<p>{evidence.summary(feature)}</p>"),
+        evidence.block(f"<p>Vectors that keep it: {evidence.kept(feature)}.</p>"),
+        "## Where it fires",
+        evidence.block(evidence.density(feature)),
+        evidence.block(evidence.examples(feature)),
+        "## What its direction promotes",
+        evidence.block(evidence.promoted(feature)),
+        "The decoder direction through the final norm and the unembedding, less its mean over the vocabulary. "
+        "This is not a causal test.",
+        "## Token types in few-shot prompts",
+        evidence.block(evidence.mass(feature)),
+        "## Tasks it helps and harms",
+        evidence.block(evidence.steering(feature)),
+        "Scale is in units of the mean residual norm at the steered token, chosen on validation prompts; losses and "
+        "accuracy are on test prompts.",
+        "[All features](index.md), with the sources of the text",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def index(features: Sequence[Feature], sources: Sequence[dict]) -> str:
+    """Return the page that lists all features, by block, and names the sources of the text with their licences."""
+    parts = [
+        "# Features",
+        f"The {len(features)} features that cleaned and pruned vectors keep, and those that experiment 05 steers with. "
+        "A feature's number is its place in the SAE of its block; no feature has a name. The percentage is what the "
+        "feature alone, added at its best scale, does to the loss of a task."
+        if features
+        else "There are no features yet: experiments 02 and 04 find them.",
+    ]
+    if features:
+        parts.append(
+            evidence.block(f'{SHORT}<p><label>Show only rows with <input type="search" id="nb-filter"></label> '
+                   "(click on a column's name to sort)</p>")
+        )  # fmt: skip
+    for layer in sorted({feature.layer for feature in features}):
+        rows = [_row(feature) for feature in features if feature.layer == layer]
+        heads = ["feature", "kind", "kept in the vector of", "helps most", "density", "promotes", "first example"]
+        parts += [f"## Block {layer}", evidence.block(evidence.table(heads, rows, "nb-sortable"))]
+    parts += [
+        "## Sources of the text",
+        "Examples are quoted from text that no SAE was trained on. Its sources, as the packages name them:",
+        evidence.block(evidence.table(["source", "version", "language", "licence"], _sources(sources))),
+        "Text under a CC BY-SA licence is quoted under that licence, credited to the contributors of its source.",
+    ]
+    if features:
+        parts.append(evidence.block('<script src="../../_static/features.js"></script>'))
+    return "\n\n".join(parts) + "\n"
+
+
+def _row(feature: Feature) -> list[str]:
+    best = feature.steering.sort_values("rel_loss", kind="stable").head(1).to_dict("records")
+    helps = [f"{evidence.show(plots.title(r['task']))} {evidence.percent(r['rel_loss'])}" for r in best]
+    seen = feature.seen or {"promoted": [], "examples": [], "density": None}
+    first = "".join(
+        f'<q class="nb-text">…{evidence.show(e["before"][-30:])}<mark>{evidence.show(e["token"])}</mark>'
+        f'{evidence.show(e["after"][:15])}…</q>'
+        for e in list(seen["examples"])[:1]
+    )
+    return [
+        f'<a href="{feature.name}.html">{feature.latent}</a>',
+        ", ".join(sorted(set(feature.kept["kind"]))),
+        evidence.kept(feature, most=2),
+        "".join(helps) or "no causal test",
+        "–" if seen["density"] is None else f"{100 * seen['density']:.3g} %",
+        " ".join(evidence.token(found["token"]) for found in list(seen["promoted"])[:3]) or "–",
+        first or "–",
+    ]
+
+
+def _sources(sources: Sequence[dict]) -> list[list[str]]:
+    """Return a row per package and licence of the text that may be shown."""
+    languages = {}
+    for source in sources:
+        if source["showable"]:
+            key = (source["package"], source["version"], source["licence"])
+            languages.setdefault(key, []).append(source["language"])
+    return [
+        [escape(package), escape(version), escape(", ".join(sorted(found))), escape(licence)]
+        for (package, version, licence), found in sorted(languages.items())
+    ]
+
+
+def write(features: Sequence[Feature], sources: Sequence[dict], folder: Path = FOLDER) -> int:
+    """Write all pages, remove those of features that are no longer there, and return how many pages there are."""
+    pages = {f"{feature.name}.md": page(feature) for feature in features} | {"index.md": index(features, sources)}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in pages.items():
+        if not (folder / name).exists() or (folder / name).read_text() != text:
+            scratch = folder / f".{name}.part"
+            scratch.write_text(text)
+            os.replace(scratch, folder / name)
+    for old in folder.glob("*.md"):
+        if old.name not in pages:
+            old.unlink()
+    return len(features)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=tables.MODEL)
+    parser.add_argument("--limit", type=int, help="write only the first pages of each block, for a quick look")
+    args = parser.parse_args(argv)
+    try:
+        features = evidence.load(args.model)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    if args.limit is not None:
+        of_block = {layer: [f for f in features if f.layer == layer] for layer in {f.layer for f in features}}
+        features = [f for f in features if f in of_block[f.layer][: args.limit]]
+    sources = json.loads(CORPUS.read_text())["sources"] if CORPUS.exists() else []
+    print(f"{write(features, sources)} feature pages in {FOLDER.relative_to(tables.ROOT)}.")
+
+
+if __name__ == "__main__":
+    main()
