@@ -24,6 +24,8 @@ if Path(f"fail-{task}").exists():
 if Path("slow").exists():
     Path("started").touch()
     __import__("time").sleep(60)
+with Path("parents").open("a") as file:
+    print(__import__("os").getppid(), file=file)
 table = Path(tables_dir, STEM, model, f"{task}.parquet")
 table.parent.mkdir(parents=True, exist_ok=True)
 table.touch()"""
@@ -32,8 +34,8 @@ table.touch()"""
 @pytest.fixture
 def project(tmp_path):
     shutil.copytree(ROOT / "workflow", tmp_path / "workflow", ignore=shutil.ignore_patterns("__pycache__"))
-    for settings in tmp_path.glob("workflow/*.yaml"):  # the sizes of the real experiments mean nothing to these
-        settings.write_text(yaml.safe_dump(yaml.safe_load(settings.read_text()) | {"parameters": {}}))
+    for settings in tmp_path.glob("workflow/*.yaml"):  # these import nothing, and have no sizes
+        settings.write_text(yaml.safe_dump(yaml.safe_load(settings.read_text()) | {"parameters": {}, "forked": False}))
     (tmp_path / "book/experiments").mkdir(parents=True)
     for stem in STEMS:
         cells = [
@@ -105,6 +107,16 @@ def test_a_killed_workflow_goes_on(project):
     assert (project / "started").exists() and not list(project.glob("results/runs/*/*/[!.]*"))
     subprocess.run([*command(project), "--unlock"], check=True, capture_output=True, cwd=project)
     assert make(project)[::2] == (0, runs_of("antonyms", "en_es"))
+
+
+def test_all_kernels_are_forked_from_one_parent_that_ends_with_the_workflow(project):
+    assert make(project, "forked=True", tasks="antonyms")[::2] == (0, runs_of("antonyms"))
+    parents = (project / "parents").read_text().split()
+    assert len(parents) == len(STEMS) and len(set(parents)) == 1
+    deadline = time.monotonic() + 60
+    while (parent := Path("/proc", parents[0])).exists():
+        assert time.monotonic() < deadline, f"{parent} outlives the workflow"
+        time.sleep(0.1)
 
 
 def test_an_unknown_task_is_named_before_anything_runs(project):
