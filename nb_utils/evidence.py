@@ -170,9 +170,12 @@ def density(feature: Feature) -> str:
     """Say on which share of the held-out tokens the feature fires, and how strongly at most."""
     if feature.seen is None:
         return _none("Its density was not measured.")
-    share, largest = feature.seen["density"], feature.seen["largest"]
-    often = f", one in {1 / share:,.0f}" if 0 < share < 0.5 else ""
-    return f"<p>It fires on {100 * share:.3g} % of held-out tokens{often}; at most with {largest:,.0f}.</p>"
+    share, tokens = feature.seen["density"], feature.seen["n_tokens"]
+    if not share:
+        return f"<p>It fires on none of {tokens:,} held-out tokens.</p>"
+    often = f", one in {1 / share:,.0f}" if share < 0.5 else ""
+    largest = f"its largest activation is {feature.seen['largest']:,.0f}"
+    return f"<p>It fires on {100 * share:.3g} % of {tokens:,} held-out tokens{often}; {largest}.</p>"
 
 
 def promoted(feature: Feature) -> str:

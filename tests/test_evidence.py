@@ -116,9 +116,9 @@ def test_a_latent_that_never_fires_has_no_example(tiny, text, tmp_path):
     sae = saes.random(tiny, 1)
     sae.threshold[5] = float("inf")
     tally = collect_evidence.collect(tiny, [sae], text, tmp_path / "state.safetensors")[1]
-    row = collect_evidence.frame(tiny, sae, text, tally).iloc[5]
-    assert (row["density"], row["largest"], row["examples"]) == (0, 0, [])
-    tables.save(collect_evidence.frame(tiny, sae, text, tally), "features", "blocks.1", {}, tmp_path, "tiny")
+    frame = collect_evidence.frame(tiny, sae, text, tally, tmp_path)
+    assert (frame["density"][5], frame["largest"][5], frame["examples"][5]) == (0, 0, [])
+    tables.save(frame, "features", "blocks.1", {}, tmp_path, "tiny")
     assert len(tables.load("features", "tiny", tmp_path)["examples"][5]) == 0
 
 

@@ -70,8 +70,8 @@ def folder(tmp_path):
     ]  # fmt: skip
     lens = [{"token": text, "logit": 1.0} for text in NASTY]
     save(
-        {"layer": 10, "latent": np.arange(10), "density": 0.001, "largest": 12.0, "examples": [example] * 10,
-         "promoted": [lens] * 10, "suppressed": [lens] * 10},
+        {"layer": 10, "latent": np.arange(10), "n_tokens": 1000, "density": 0.001, "largest": 12.0,
+         "examples": [example] * 10, "promoted": [lens] * 10, "suppressed": [lens] * 10},
         "features", "blocks.10", tmp_path,
     )  # fmt: skip
     return tmp_path
@@ -143,6 +143,11 @@ def test_text_shows_as_itself_in_examples_and_tokens(features, text):
     assert unescape(shown) in seen.marked
     assert not seen.tags & {"script", "code", "em", "h1"} - {"em"}
     assert "\n" not in block
+
+
+def test_density_is_said_with_the_number_of_tokens(features):
+    said = evidence.density(features["10_3"])
+    assert said == "<p>It fires on 0.1 % of 1,000 held-out tokens, one in 1,000; its largest activation is 12.</p>"
 
 
 def test_the_source_of_every_example_is_named(features):

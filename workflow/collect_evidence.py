@@ -178,6 +178,20 @@ def logit_lens(model: Model, directions: Float[Tensor, "n d_model"], block: int 
     return up, down
 
 
+def lens(model: Model, sae: Sae, cache: Path) -> tuple[list, list]:
+    """Return `logit_lens` of all latents of an SAE, kept in a file of ``cache``: it takes half a minute."""
+    key = json.dumps([model.sha256, sae.sha256, str(model.dtype), PROMOTED])
+    path = cache / f"lens.{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+    if not path.exists():
+        found = logit_lens(model, sae.decoder_directions)
+        scratch = path.with_suffix(f".{os.getpid()}.part")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(json.dumps(found))
+        os.replace(scratch, path)
+    up, down = json.loads(path.read_text())
+    return up, down
+
+
 def rounded(value: float, digits: int) -> float:
     """Keep some significant digits: the tables are committed, and noise does not compress."""
     return float(f"{value:.{digits}g}")
@@ -206,17 +220,18 @@ def example(text: Text, at: int, activation: float) -> dict:
     }  # fmt: skip
 
 
-def frame(model: Model, sae: Sae, text: Text, tally: Tally) -> pd.DataFrame:
+def frame(model: Model, sae: Sae, text: Text, tally: Tally, cache: Path) -> pd.DataFrame:
     """Return the evidence for one SAE, a row per latent."""
-    promoted, suppressed = logit_lens(model, sae.decoder_directions)
+    promoted, suppressed = lens(model, sae, cache)
     examples = [
         [example(text, at, value) for at, value in zip(ats, values, strict=True) if at >= 0]
         for ats, values in zip(tally.at.T.tolist(), tally.value.T.tolist(), strict=True)
     ]
+    n_tokens = len(text.rows) * WIDTH
     return pd.DataFrame(
         {
-            "layer": sae.layer, "latent": np.arange(sae.d_sae),
-            "density": tally.fired.numpy() / (len(text.rows) * WIDTH), "largest": tally.value[0].numpy(),
+            "layer": sae.layer, "latent": np.arange(sae.d_sae), "n_tokens": n_tokens,
+            "density": tally.fired.numpy() / n_tokens, "largest": tally.value[0].numpy(),
             "examples": examples, "promoted": promoted, "suppressed": suppressed,
         }
     )  # fmt: skip
@@ -250,10 +265,11 @@ def main(argv: list[str] | None = None) -> None:
     hashes = {sae.layer: sae.sha256 for sae in loaded}
     key = json.dumps([parameters, model.sha256, hashes, EXAMPLES, SEQUENCES])
     name = f"{args.model.replace('/', '--')}.{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
-    tallies = collect(model, loaded, text, cache_dir() / "evidence" / name, args.checkpoint_seconds)
+    cache = cache_dir() / "evidence"
+    tallies = collect(model, loaded, text, cache / name, args.checkpoint_seconds)
     for sae in loaded:
         origin = tables.provenance(parameters, model.sha256, {sae.layer: sae.sha256})
-        made = frame(model, sae, text, tallies[sae.layer])
+        made = frame(model, sae, text, tallies[sae.layer], cache)
         print(tables.save(made, STEM, f"blocks.{sae.layer}", origin, args.out, args.model), flush=True)
 
 
