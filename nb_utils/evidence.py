@@ -115,6 +115,11 @@ def link(layer: int, latent: int, text: str | None = None) -> str:
     return f'<a href="{address}">{shown}</a>' if address else shown
 
 
+def links(layer: int, latents: Iterable[int]) -> str:
+    """Return a line of links, for the features that a figure above it names: links inside of an image do not work."""
+    return block(f"<p>Block {int(layer)}: {' · '.join(link(layer, latent) for latent in latents)}</p>")
+
+
 def _pages() -> frozenset[tuple[int, int]]:
     return _known(os.environ.get("NB_TABLES", ""))
 

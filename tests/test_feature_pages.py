@@ -190,6 +190,7 @@ def test_a_link_is_made_only_to_a_page_that_there_is(folder, monkeypatch):
     assert evidence.link(np.int32(10), np.int64(3)) == '<a href="../features/10_3.html">3</a>'
     assert evidence.link(10, 7) == "7"
     assert evidence.link(10, 7, "<b>") == "&lt;b&gt;"
+    assert evidence.links(10, [3, 7]).endswith('<p>Block 10: <a href="../features/10_3.html">3</a> · 7</p></div>')
     with pytest.raises(evidence.EvidenceError, match="feature 7 of block 10"):
         evidence.feature(10, 7, folder=folder)
 
