@@ -258,9 +258,9 @@ def growth(model):
             Steps(lambda v: site.loss(v, LAYER, vocabulary=kept)), sae, start, PENALTIES, 0.2, 1, check_every=1)
 
     works = {("features", n): lambda n=n: site.evaluate(noise[:n], LAYER) for n in (1, 4, 16, 64)}
-    for n in (8, 24, 48, 96):
+    for n in (8, 16, 24, 48):  # a task may have fewer
         more = problem(model, n=n)[1]
-        works["prompts", n] = lambda more=more: more.evaluate(noise[:4], LAYER)
+        works["prompts", len(more.prompts)] = lambda more=more: more.evaluate(noise[:4], LAYER)
     works |= {("gradient rows", n): descend(site, LAYER, n, kept) for n in (1, 4, 16, 64)}
     works |= {("blocks after the vector", model.n_layers - 1 - at): descend(site, at, 4, kept) for at in (4, 8, 12, 16)}
     works |= {("latents of the SAE", d_sae): clean(d_sae) for d_sae in (1024, 4096, 16384, 65536)}
