@@ -260,10 +260,13 @@ def evidence(model: str, wanted: set[tuple[int, int]]) -> dict[str, dict]:
     except tables.TableError:
         return {}
     keys = pd.MultiIndex.from_frame(frame[["layer", "latent"]])
-    fields = ["density", "max_activation", "promoted", "suppressed", "examples"]
     return {
-        f"{row['layer']}:{row['latent']}": {name: row[name] for name in fields}
-        | {"examples": [dict(example) for example in list(row["examples"])[:4]]}
+        f"{row['layer']}:{row['latent']}": {
+            "density": row["density"], "max_activation": row["largest"],
+            "promoted": [token["token"] for token in row["promoted"]],
+            "suppressed": [token["token"] for token in row["suppressed"]],
+            "examples": [dict(example) for example in list(row["examples"])[:4]],
+        }
         for row in frame[keys.isin(list(wanted))].to_dict("records")
     }
 
