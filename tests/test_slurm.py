@@ -113,6 +113,7 @@ def command(project):  # noqa: F811
     return [
         Path(sys.executable).with_name("snakemake"), "--snakefile", project / "workflow/Snakefile",
         "--directory", project, "--profile", project / "workflow/profiles/slurm", "--latency-wait", "5",
+        "--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "5",  # no accounting here
         "--config", "size=book", "model=tiny", "tasks=antonyms",
     ]  # fmt: skip
 
