@@ -105,6 +105,9 @@ def test_settings_of_the_workflow_name_only_known_parameters(path):
     for size in ("book", "report"):
         settings = yaml.safe_load((ROOT / f"workflow/{size}.yaml").read_text())
         assert set(settings["parameters"].get(path.stem, {})) <= set(runs.known_parameters(path))
+    for model, own in yaml.safe_load((ROOT / "workflow/models.yaml").read_text())["models"].items():
+        assert set(own) <= {"every", *(other.stem for other in EXPERIMENTS)}, model
+        assert set(own.get("every", {}) | own.get(path.stem, {})) <= set(runs.known_parameters(path)), model
 
 
 @pytest.fixture(scope="module")

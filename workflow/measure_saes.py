@@ -266,7 +266,7 @@ def main() -> None:
         raise SystemExit("There is no corpus yet: run `python -m workflow.build_corpus` first.")
     folder = args.folder or saes.SHIPPED / args.model
     try:
-        model = models.load(args.model, dtype=torch.bfloat16)
+        model = models.load(args.model, dtype=models.fast_dtype(torch.device("cpu")))
         loaded = [saes.load(model, folder, layer) for layer in saes.layers(model, folder)]
         stream = token_stream(model.tokenizer, "heldout", corpus)
         rows = windows(stream, math.ceil(args.tokens / (CONTEXT - 1)), model.tokenizer.bos_token_id)

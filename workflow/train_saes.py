@@ -5,8 +5,8 @@ checkpoint, with the same text in the same order.
 
 Why not SAELens's trainer: on two cores its step takes .9 s per SAE and 4,096 tokens (bf16 autocast; 1.2 s without),
 mostly an exact top-k over 17 million numbers and dense autograd. The step below takes .22 s: the cut is estimated on
-a sixteenth of the batch, gradients are written out, products run in bf16 over fp32 master weights. Configuration,
-folding and file format stay SAELens's.
+a sixteenth of the batch, gradients are written out, products run in bf16 over fp32 master weights (in fp32 where a
+processor has no matrix units). Configuration, folding and file format stay SAELens's.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from nb_utils.models import cache_dir
 CONTEXT = 128  # tokens of a training sequence, BOS included
 CHUNK = 512  # sequences harvested, shuffled and learned at a time: 65,536 tokens
 BATCH = 2048  # tokens of a gradient step
+DTYPE = models.fast_dtype(torch.device("cpu"))  # of matrix products
 AUX_K, AUX_COEFFICIENT, DEAD_AFTER = 64, 1 / 32, 100_000  # dead-latent loss of Gao et al. 2024; tokens without firing
 
 
@@ -80,8 +81,8 @@ class Sae:
     def step(self, x, k, lr, rng):
         """Learn one batch ``x`` [batch, d_in] of raw activations; return (variance unexplained, dead share)."""
         x = (x.float() - self.mean) * self.scale
-        x16, encoder, decoder = x.bfloat16(), self.encoder.bfloat16(), self.decoder.bfloat16()
-        pre = x16 @ encoder.T + self.b_enc.bfloat16()
+        x16, encoder, decoder, b_enc = (t.to(DTYPE) for t in (x, self.encoder, self.decoder, self.b_enc))
+        pre = x16 @ encoder.T + b_enc
         flat = pre.flatten()[int(rng.integers(16)) :: 16]
         cut = flat.float().topk(k * len(x) // 16, sorted=False).values.min().clamp_min(1e-6)
         acts = torch.where(pre > cut, pre, 0)
@@ -93,7 +94,7 @@ class Sae:
         error = (acts @ decoder).float() + self.b_dec - x
         # A few tokens are ten times as long as the rest; weighting by 1/length keeps them from owning the loss.
         weight = (math.sqrt(x.shape[1]) / x.norm(dim=1, keepdim=True).clamp_min(1e-6)).clamp_max(1)
-        g = (error * weight * (2 / len(x))).bfloat16()
+        g = (error * weight * (2 / len(x))).to(DTYPE)
         d_acts = torch.where(acts > 0, g @ decoder.T, 0)
         grads = [d_acts.T @ x16, acts.T @ g, d_acts.sum(0), g.float().sum(0)]
         dead = (self.silent > DEAD_AFTER).nonzero().squeeze(1)
@@ -102,9 +103,9 @@ class Sae:
             aux = torch.zeros(len(x), len(dead)).scatter_(1, top.indices, top.values.relu())
             g_aux = (aux @ self.decoder[dead] + error) * weight * (2 * AUX_COEFFICIENT / len(x))
             d_aux = (g_aux @ self.decoder[dead].T) * (aux > 0)
-            grads[0].index_add_(0, dead, (d_aux.T @ x).bfloat16())
-            grads[1].index_add_(0, dead, (aux.T @ g_aux).bfloat16())
-            grads[2].index_add_(0, dead, d_aux.sum(0).bfloat16())
+            grads[0].index_add_(0, dead, (d_aux.T @ x).to(DTYPE))
+            grads[1].index_add_(0, dead, (aux.T @ g_aux).to(DTYPE))
+            grads[2].index_add_(0, dead, d_aux.sum(0).to(DTYPE))
         grads[1] = grads[1].float()
         grads[1] -= (grads[1] * self.decoder).sum(1, keepdim=True) * self.decoder  # unit rows: no gradient along them
         for parameter, grad in zip(self.optimizer.param_groups[0]["params"], grads, strict=True):
@@ -177,7 +178,7 @@ def harvest(hf, ids, layers):
     kept = {layer: [] for layer in layers}
     def keep(layer):
         return lambda module, args, out: kept[layer].append(
-            (out[0] if isinstance(out, tuple) else out)[:, 1:].reshape(-1, hf.config.hidden_size)
+            (out[0] if isinstance(out, tuple) else out)[:, 1:].reshape(-1, hf.config.hidden_size).bfloat16()
         )
 
     handles = [hf.model.layers[layer].register_forward_hook(keep(layer)) for layer in layers]
@@ -251,7 +252,7 @@ def main():
     corpus = cache_dir() / "corpus"
     if not (corpus / "documents.parquet").exists():
         raise SystemExit("There is no corpus yet: run `python -m workflow.build_corpus` first.")
-    model = models.load(args.model, dtype=torch.bfloat16)
+    model = models.load(args.model, dtype=DTYPE)
     del model.hf.model.layers[max(layers) + 1 :]
     stream = token_stream(model.tokenizer, "train", corpus)
     n_chunks = math.ceil(args.tokens / CHUNK / (CONTEXT - 1))
