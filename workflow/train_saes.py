@@ -174,11 +174,11 @@ def sequences(tokenizer, stream, index, icl_share):
 
 @torch.no_grad()
 def harvest(hf, ids, layers):
-    """Return {layer: residual stream after the block, [tokens, d_model] bf16}, BOS excluded."""
+    """Return {layer: residual stream after the block, [tokens, d_model]}, BOS excluded."""
     kept = {layer: [] for layer in layers}
     def keep(layer):
         return lambda module, args, out: kept[layer].append(
-            (out[0] if isinstance(out, tuple) else out)[:, 1:].reshape(-1, hf.config.hidden_size).bfloat16()
+            (out[0] if isinstance(out, tuple) else out)[:, 1:].reshape(-1, hf.config.hidden_size)
         )
 
     handles = [hf.model.layers[layer].register_forward_hook(keep(layer)) for layer in layers]
