@@ -11,6 +11,31 @@ def tiny():
     return models.load("tiny")
 
 
+@pytest.fixture(scope="module", params=["gemma2", "llama"])
+def other(request, tmp_path_factory):
+    """Save a random model of another architecture as a user's folder, soft-capped twice in the case of Gemma 2."""
+    import transformers
+
+    sizes = dict(
+        vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+    )
+    if request.param == "gemma2":
+        sizes |= dict(query_pre_attn_scalar=16, sliding_window=16)
+        sizes |= dict(attn_logit_softcapping=2.0, final_logit_softcapping=5.0)
+    name = request.param.title()
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        hf = getattr(transformers, f"{name}ForCausalLM")(config)
+        for parameter in hf.parameters():
+            torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim > 1 else 0.05)
+    folder = tmp_path_factory.mktemp(request.param)
+    hf.save_pretrained(folder)
+    models.load("tiny").tokenizer.save_pretrained(folder)
+    return models.load(str(folder))
+
+
 def pairs(n=6):
     words = ["hot", "cold", "big", "small", "up", "down", "old", "new", "wet", "dry", "far", "near"]
     return [tasks.Pair(words[i], words[i + 1], (words[i + 1],)) for i in range(n)]
@@ -36,20 +61,29 @@ def plain(model, prompt, vector, layer, mode, at="separator"):
 @pytest.mark.parametrize("layer", [0, 3, 5])
 @pytest.mark.parametrize("at", ["separator", "output"])
 def test_losses_and_gradients_equal_a_hooked_forward_pass(tiny, mode, layer, at):
+    equals_a_hooked_pass(tiny, mode, layer, at)
+
+
+@pytest.mark.parametrize("mode, layer, at", [("add", 1, "separator"), ("add", 3, "output"), ("replace", 2, "output")])
+def test_they_do_for_gemma_2_and_llama_as_well(other, mode, layer, at):
+    equals_a_hooked_pass(other, mode, layer, at)
+
+
+def equals_a_hooked_pass(model, mode, layer, at):
     pool = pairs()
-    batch = prompts.few_shot(tiny.tokenizer, pool, pool[:3], n_shots=2, seed=0)
-    site = engine.Site.prepare(tiny, batch, at=at)
-    vectors = torch.randn(2, tiny.d_model, generator=torch.Generator().manual_seed(1))
+    batch = prompts.few_shot(model.tokenizer, pool, pool[:3], n_shots=2, seed=0)
+    site = engine.Site.prepare(model, batch, at=at)
+    vectors = torch.randn(2, model.d_model, generator=torch.Generator().manual_seed(1))
     scores = site.evaluate(vectors, layer, mode)
     for i, vector in enumerate(vectors):
         for j, prompt in enumerate(batch):
-            expected = plain(tiny, prompt, vector, layer, mode, at)
+            expected = plain(model, prompt, vector, layer, mode, at)
             torch.testing.assert_close(scores.nll[i, j, : len(expected)], expected, atol=1e-4, rtol=0)
             assert scores.nll[i, j, len(expected) :].isnan().all()
     ours = vectors.clone().requires_grad_()
     site.loss(ours, layer, mode).sum().backward()
     theirs = vectors.clone().requires_grad_()
-    sum(plain(tiny, p, v, layer, mode, at).sum() for v in theirs for p in batch).div(len(batch)).backward()
+    sum(plain(model, p, v, layer, mode, at).sum() for v in theirs for p in batch).div(len(batch)).backward()
     torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-4, rtol=1e-4)
 
 
