@@ -6,6 +6,7 @@ All functions take the tidy frames of `tables.load`. A row is one vector on the 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,13 +18,14 @@ import pandas as pd
 MIN_ACCURACY = 0.30
 MIN_GAIN = 0.25
 
-# A claim holds when the interval is on its side of 0 and so are this many of the tasks.
+# A claim holds when the interval is on its side of the bound and so are this many of the tasks.
 MOST = 0.75
+RELATIONS = {"<": operator.lt, "<=": operator.le, "=": operator.eq, ">": operator.gt, ">=": operator.ge}
 
 DRAWS = 2000
 LEVEL = 0.95
 # Averaged beside the loss where a frame has them: over seeds, then over tasks.
-MEASURES = ("l0", "accuracy", "exact", "token_loss", "d_ntp", "train_loss", "validation_loss", "seconds")
+MEASURES = ("l0", "accuracy", "exact", "token_loss", "d_ntp", "train_loss", "validation_loss")
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,24 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """Judge the claim that the first method has the lower loss, by its interval and by `MOST` tasks."""
-        if self.mean >= 0:
+        """Judge the claim that the first method has the lower loss."""
+        return self.judge()
+
+    def judge(self, relation: str = "<", bound: float = 0) -> str:
+        """Judge the claim that the mean is on one side of a bound: it "holds", "holds in part" or "fails".
+
+        It holds if the whole interval and `MOST` of the tasks are on that side too, in part if only the mean is.
+        ``relation``: a key of `RELATIONS`.
+        """
+        met = RELATIONS[relation]
+        if not met(self.mean, bound):
             return "fails"
-        return "holds" if self.high < 0 and self.better >= MOST * self.tasks else "holds in part"
+        end = self.high if relation in ("<", "<=") else self.low
+        return "holds" if met(end, bound) and self.met(relation, bound) >= MOST * self.tasks else "holds in part"
+
+    def met(self, relation: str, bound: float) -> int:
+        """Count the tasks on that side of the bound."""
+        return int(RELATIONS[relation](self.by_task, bound).sum())
 
     @property
     def word(self) -> str:

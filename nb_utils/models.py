@@ -198,6 +198,15 @@ def cache_dir() -> Path:
     return Path(os.environ.get("NB_CACHE") or Path(__file__).resolve().parents[1] / ".cache")
 
 
+def sha256(name: str) -> str | None:
+    """Return the hash of a model's weights as `load` would; None if it is not on this machine.
+
+    Raises ModelError if a file is damaged.
+    """
+    folder = cache_dir() / "models" / name if name in EMBEDDED else Path(name)
+    return _verified(folder, name) if folder.is_dir() else None
+
+
 def _converted(name: str) -> Path:
     """Return the folder with the embedded model as safetensors, converting it on first use (about a minute)."""
     target = cache_dir() / "models" / name

@@ -19,12 +19,14 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nb_utils import sources, tasks
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = "results/tables"
 MODEL = "gemma-3-270m"
 PACKAGES = ("numpy", "sae-lens", "torch", "transformer-lens", "transformers")
-# Modules that cannot change a measurement: the hash of the code leaves them out.
-AFTER_MEASURING = ("__init__", "evidence", "kernels", "metrics", "plots", "runs", "tables", "widgets")
+# What the provenance of a table holds.
+PARTS = ("code", "data_sha256", "inputs", "model_sha256", "parameters", "sae_sha256", "versions")
 PROVENANCE = b"provenance"
 
 # Columns that would come out differently from task to task (a column of NaN only, a column without NA).
@@ -33,7 +35,7 @@ DTYPES = {
     "l0": "Int64", "penalty": "float64", "seed": "int64", "on": "str", "loss": "float64",
     "token_loss": "float64", "accuracy": "float64", "exact": "float64", "rel_loss": "float64", "n": "int64",
     "d_ntp": "float64", "train_loss": "float64", "validation_loss": "float64", "step": "Int64",
-    "seconds": "float64", "latent": "int32", "before": "float32", "after": "float32",
+    "latent": "int32", "before": "float32", "after": "float32",
     "density": "float32", "largest": "float32",
 }  # fmt: skip
 # Columns that hold a list of records.
@@ -50,28 +52,49 @@ class TableError(ValueError):
 
 
 def provenance(
-    parameters: Mapping[str, object], model_sha256: str, sae_sha256: Mapping[int, str]
-) -> dict[str, object]:
+    parameters: Mapping[str, object], model_sha256: str, sae_sha256: Mapping[int, str],
+    inputs: Mapping[str, str] | None = None,
+) -> dict[str, object]:  # fmt: skip
     """Collect what a table depends on: same in, same out (no date, no machine).
 
-    ``parameters``: the notebook's, as JSON values. ``sae_sha256``: {layer: hash of the SAE's weights}. Adds
-    the versions of Python and of the packages that compute, and ``code``, a hash of our modules that do.
+    ``parameters``: the notebook's, as JSON values. ``sae_sha256``: {layer: hash of the SAE's weights}. ``inputs``:
+    {stem: `fingerprint`} of the tables that were read. Adds the hash of the files of the parameter ``task`` (or
+    ``tasks``), and the versions of Python and of the packages that compute. `save` adds the code.
     """
     return {
         "parameters": dict(parameters),
         "model_sha256": model_sha256,
         "sae_sha256": {str(layer): sae_sha256[layer] for layer in sorted(sae_sha256)},
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
-        "code": code(),
+        "data_sha256": data_sha256(parameters),
+        "inputs": dict(sorted((inputs or {}).items())),
+        "versions": versions(),
     }
 
 
-def code() -> str:
-    """Hash the modules that compute: a table with another ``code`` was made by an older or newer version."""
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that compute."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+def data_sha256(parameters: Mapping[str, object]) -> dict[str, str]:
+    """Hash the files of the tasks that the parameters ``task`` or ``tasks`` name, words and sentences alike."""
+    named = [parameters["task"]] if "task" in parameters else parameters.get("tasks", [])
+    found = {path.name if kind == "word" else f"sentences of {path.name}": path
+             for task in named for kind, path in tasks.files(str(task)).items()}  # fmt: skip
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in sorted(found.items())}
+
+
+def fingerprint(
+    stem: str, model: str = MODEL, folder: str | Path | None = None, task: str | None = None
+) -> str:
+    """Hash the rows of an experiment's tables, of one task or of all; provenance and storage don't count.
+
+    Raises TableError if one is damaged.
+    """
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        if path.stem not in AFTER_MEASURING:
-            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in _paths(_place(stem, model, folder)):
+        if task in (None, path.stem):
+            digest.update(json.dumps([path.stem, _read(path, None).to_pydict()]).encode())
     return digest.hexdigest()
 
 
@@ -81,7 +104,8 @@ def save(
 ) -> Path:  # fmt: skip
     """Write one table whole or not at all, and return its path.
 
-    It is written beside its place under a name of its own, then moved: a full disk or a kill leaves an older
+    The provenance gains ``code``, the hash of what makes tables of this stem (see `nb_utils.sources`). The file is
+    written beside its place under a name of its own, then moved: a full disk or a kill leaves an older
     table intact. Columns of `DTYPES` get these types; ``losses`` becomes a list of float32 a row, the columns
     of `RECORDS` lists of records.
     ``folder``: a relative one is below the project root (None: that of NB_TABLES, or results/tables).
@@ -89,6 +113,8 @@ def save(
     Raises TableError if the table cannot be written.
     """
     path = _place(stem, model, folder) / f"{name}.parquet"
+    if maker := sources.maker(stem):
+        provenance = {**provenance, "code": sources.code(maker)}
     frame = frame.astype({column: kind for column, kind in DTYPES.items() if column in frame})
     if "losses" in frame:
         frame["losses"] = [np.asarray(losses, np.float32) for losses in frame["losses"]]
@@ -123,14 +149,12 @@ def load(
 ) -> pd.DataFrame:
     """Read all tasks of an experiment into one frame, in the order of their names.
 
-    A table that has no tasks (``<stem>/<model>.parquet``) is read alike. ``columns``: only these.
+    ``columns``: only these.
 
     Raises TableError, saying what to run, if there are none or one is damaged.
     """
     place = _place(stem, model, folder)
-    single = place.with_name(f"{place.name}.parquet")
-    paths = [single] if single.is_file() else _paths(place)
-    if not paths:
+    if not (paths := _paths(place)):
         raise TableError(
             f"There are no tables of {stem} for {model} in {place.parent}: `make book` measures three tasks, "
             "`make report` all of them."
@@ -142,6 +166,11 @@ def load(
 def names(stem: str, model: str = MODEL, folder: str | Path | None = None) -> list[str]:
     """List the tasks that have a table of this experiment, in alphabetical order."""
     return [path.stem for path in _paths(_place(stem, model, folder))]
+
+
+def origins(stem: str, model: str = MODEL, folder: str | Path | None = None) -> list[dict[str, object]]:
+    """Return what every table of an experiment was saved with, in the order of the tasks' names."""
+    return [read_provenance(path) for path in _paths(_place(stem, model, folder))]
 
 
 def read_provenance(path: str | Path) -> dict[str, object]:

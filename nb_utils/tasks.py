@@ -85,6 +85,15 @@ def load(name_or_path: str | Path, kind: str = "word") -> Task:
     return _read(Path(name_or_path))
 
 
+def files(name_or_path: str) -> dict[str, Path]:
+    """Return the files that a task given by name or path is read from, by kind; none where there is no such file."""
+    if name_or_path.endswith(".json"):
+        found = {"word": Path(name_or_path)}
+    else:
+        found = {kind: folder / f"{name_or_path}.json" for kind, folder in FOLDERS.items()}
+    return {kind: path for kind, path in found.items() if path.is_file()}
+
+
 def parse(text: str, separator: str = "->") -> Task:
     """Read a task from text: one ``x -> y`` on a line, or the JSON of a task file.
 

@@ -12,7 +12,7 @@ from nb_utils.measurements import Candidate
 
 # What `tables` knows of, less what only a cleaning, its latents or the task's name add.
 COLUMNS = set(tables.DTYPES) - {
-    "task", "train_loss", "validation_loss", "step", "seconds", "latent", "before", "after", "density", "largest"
+    "task", "train_loss", "validation_loss", "step", "latent", "before", "after", "density", "largest"
 } | {"losses"}  # fmt: skip
 MEASURES = ["loss", "token_loss", "accuracy", "exact"]
 

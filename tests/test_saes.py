@@ -32,7 +32,7 @@ from sae_lens import (
 )
 from sae_lens.saes.sae import SAEMetadata
 
-from nb_utils import models, saes
+from nb_utils import models, saes, tables
 from nb_utils.saes import SaeError
 from workflow import measure_saes
 
@@ -448,7 +448,8 @@ def test_measuring_writes_a_table_and_cards_with_its_numbers(tmp_path, monkeypat
     arguments = ["--model", "tiny", "--folder", str(folder), "--tokens", "2000", "--ce-tokens", "500"]
     monkeypatch.setattr(sys, "argv", ["measure_saes", *arguments, "--out", str(out)])
     measure_saes.main()
-    table = pd.read_parquet(out / "tiny.parquet").set_index("layer")
+    table = tables.load("saes", "tiny", out).set_index("layer")
+    assert tables.origins("saes", "tiny", out)[0]["sae_sha256"]["4"] == table.sae_sha256[4]
     assert list(table.index) == [1, 4]
     for layer, row in table.iterrows():
         card = (folder / f"L{layer}/README.md").read_text()

@@ -1,6 +1,5 @@
 import errno
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from nb_utils import tables
+from nb_utils import sources, tables
 from nb_utils.tables import ROOT, TableError
 
 STEM = "01_reconstruction_loss"
@@ -82,12 +81,6 @@ def test_columns_can_be_chosen(tmp_path):
     assert list(tables.load(STEM, folder=tmp_path, columns=["task", "loss"])) == ["task", "loss"]
 
 
-def test_a_table_without_tasks_is_read_by_its_stem(tmp_path):
-    (tmp_path / "saes").mkdir()
-    pd.DataFrame({"layer": [4, 8]}).to_parquet(tmp_path / "saes" / "gemma-3-270m.parquet")
-    assert tables.load("saes", folder=tmp_path)["layer"].tolist() == [4, 8]
-
-
 def test_a_full_disk_leaves_the_older_table_and_no_scratch_file(tmp_path, monkeypatch):
     saved(tmp_path, loss=1.0)
 
@@ -149,17 +142,41 @@ def test_a_table_cut_in_half_is_damaged(tmp_path):
 def test_provenance_comes_back_from_the_file(tmp_path):
     origin = tables.provenance({"layers": [4, 8], "half": True}, "aa", {8: "cc", 4: "bb"})
     path = tables.save(made(), STEM, "antonyms", origin, tmp_path)
-    assert tables.read_provenance(path) == origin
+    found = tables.read_provenance(path)
+    assert found.pop("code") == sources.code(ROOT / f"book/experiments/{STEM}.ipynb")
+    assert found == origin and {*found, "code"} == set(tables.PARTS)
 
 
 def test_provenance_holds_what_a_table_depends_on_and_nothing_else():
     origin = tables.provenance({"seed": 1}, "aa", {10: "cc", 4: "bb"})
     assert origin == tables.provenance({"seed": 1}, "aa", {4: "bb", 10: "cc"})
-    assert set(origin) == {"parameters", "model_sha256", "sae_sha256", "versions", "code"}
+    assert set(origin) == set(tables.PARTS) - {"code"}
     assert list(origin["sae_sha256"]) == ["4", "10"]
     assert origin["versions"]["numpy"] == np.__version__
     assert set(origin["versions"]) == {"python", *tables.PACKAGES}
     assert "not installed" not in origin["versions"].values()
+
+
+def test_the_pairs_of_a_task_are_part_of_its_provenance(tmp_path):
+    mine = tmp_path / "mine.json"
+    mine.write_text('{"a": "b"}')
+    before = tables.provenance({"task": str(mine)}, "aa", {})["data_sha256"]
+    mine.write_text('{"a": "c"}')
+    assert before.keys() == {"mine.json"} and tables.provenance({"task": str(mine)}, "aa", {})["data_sha256"] != before
+    assert set(tables.provenance({"tasks": ["antonyms", "en_es"]}, "aa", {})["data_sha256"]) == {
+        "antonyms.json", "en_es.json", "sentences of en_es.json",
+    }  # fmt: skip
+
+
+def test_a_fingerprint_is_of_the_rows_alone(tmp_path):
+    saved(tmp_path, loss=1.0)
+    saved(tmp_path, "plurals", loss=1.0)
+    whole, one = (tables.fingerprint(STEM, folder=tmp_path, task=task) for task in (None, "antonyms"))
+    tables.save(made(loss=1.0), STEM, "antonyms", {"parameters": {"seed": 7}}, tmp_path)
+    assert tables.fingerprint(STEM, folder=tmp_path) == whole != one
+    saved(tmp_path, "plurals", loss=2.0)
+    assert tables.fingerprint(STEM, folder=tmp_path) != whole
+    assert tables.fingerprint(STEM, folder=tmp_path, task="antonyms") == one
 
 
 def test_a_file_without_provenance_is_an_error(tmp_path):
@@ -168,17 +185,6 @@ def test_a_file_without_provenance_is_an_error(tmp_path):
         tables.read_provenance(tmp_path / "plain.parquet")
     with pytest.raises(TableError, match="There is no table"):
         tables.read_provenance(tmp_path / "none.parquet")
-
-
-def test_the_code_hash_follows_the_modules_that_compute(tmp_path, monkeypatch):
-    shutil.copytree(ROOT / "nb_utils", tmp_path / "nb_utils")
-    monkeypatch.setattr(tables, "__file__", str(tmp_path / "nb_utils" / "tables.py"))
-    original = tables.code()
-    (tmp_path / "nb_utils" / "plots.py").write_text("# another palette")
-    assert tables.code() == original
-    with (tmp_path / "nb_utils" / "vectors.py").open("a") as stream:
-        stream.write("\n# changed\n")
-    assert tables.code() != original
 
 
 def test_a_relative_folder_is_below_the_project_root(tmp_path, monkeypatch):

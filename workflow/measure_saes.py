@@ -5,6 +5,7 @@ BOS is left out everywhere.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nb_utils import models, saes
+from nb_utils import models, saes, tables
 from nb_utils.models import EMBEDDED, Model, cache_dir
 from nb_utils.saes import Sae
 from workflow.train_saes import CONTEXT, harvest, token_stream
@@ -259,7 +260,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="folder of SAELens folders (default: saes/<model>)")
     parser.add_argument("--tokens", type=int, default=200_000, help="for FVU, L0 and dead latents")
     parser.add_argument("--ce-tokens", type=int, default=16_384, help="for the loss with the SAE spliced in")
-    parser.add_argument("--out", type=Path, default=Path("results/tables/saes"))
+    parser.add_argument("--out", type=Path, help="folder of tables (default: results/tables)")
     args = parser.parse_args()
     corpus = cache_dir() / "corpus"
     if not (corpus / "documents.parquet").exists():
@@ -275,14 +276,17 @@ def main() -> None:
         raise SystemExit(str(error)) from error
     ce_rows = rows[torch.linspace(0, len(rows) - 1, n_ce).long()]
     table = measure(model, loaded, rows, ce_rows)
-    write(args.out / f"{args.model}.parquet", lambda path: table.to_parquet(path, index=False))
+    parameters = {"tokens": args.tokens, "ce_tokens": args.ce_tokens, "context": CONTEXT, "dtype": str(model.dtype)}
+    parameters["corpus_sha256"] = hashlib.sha256((corpus / "documents.parquet").read_bytes()).hexdigest()
+    origin = tables.provenance(parameters, model.sha256, {sae.layer: sae.sha256 for sae in loaded})
+    saved = tables.save(table, "saes", "quality", origin, args.out, args.model)
     for row, sae in zip(table.to_dict("records"), loaded, strict=True):
         place = folder if (folder / saes.CONFIG).exists() else folder / sae.name
         config = json.loads((place / saes.CONFIG).read_text())
         write(place / "README.md", lambda path, row=row, config=config: path.write_text(card(row, config)))
     shown = ["layer", *(column for column, *_ in TARGETS), "fvu_token_median", "ce_delta"]
     print(table[shown].to_string(index=False))
-    print(f"Table: {args.out / args.model}.parquet; a README.md beside each SAE in {folder}.")
+    print(f"Table: {saved}; a README.md beside each SAE in {folder}.")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,226 @@
+"""The ledger: what the post, the paper and we claim (book/claims.yml), and what the tables say of it.
+
+Claims and sentences stand in that file as data, the numbers that decide them in `nb_utils.claims`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+from html import escape
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import yaml
+from pandas.io.formats.style import Styler
+
+from nb_utils import claims, plots, tables
+from nb_utils.claims import Book, ClaimError
+from nb_utils.metrics import RELATIONS, Comparison
+
+FILE = tables.ROOT / "book/claims.yml"
+# How a number in a unit is written.
+UNITS = {
+    "nats": "{:+.2f} nats", "features": "{:.1f} features", "share": "{:.0%}", "change of share": "{:+.1%}",
+    "relative loss": "{:+.0%}",
+}  # fmt: skip
+SIGNS = {"<": "<", "<=": "≤", ">": ">", ">=": "≥"}
+SOURCES = ("post", "paper", "ours")
+NOT_MEASURED = "not measured"
+
+# Digits (not those inside a word such as L0), and the words for numbers that state a result.
+NUMBER = re.compile(
+    r"(?<![^\W_])\d+(?:[.,]\d+)*|\b(?:two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|fifteen|sixteen"
+    r"|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|hundreds?|thousands?|millions?|half|thirds?|quarters?"
+    r"|fifths?|tenths?|twice|dozens?)\b",
+    re.IGNORECASE,
+)
+# What is no prose: code, formulas, computed numbers, addresses of links, markup.
+NO_PROSE = (
+    (r"```\{\w+\}(.*?)```", r"\1"), (r"```.*?```|\$\$.*?\$\$", " "), (r"\{[\w:]+\}`[^`]*`", "□"),
+    (r"`[^`]*`|\$[^$]*\$", " "), (r"\]\([^)]*\)", "]"), (r"<[^>]*>", " "), (r"\s+", " "),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One entry of the ledger.
+
+    ``holds``: the side of the bound that the number must be on, such as "< 0". ``number``: the function that computes
+    it, if that is not called like the claim.
+    """
+
+    id: str
+    page: str
+    source: str
+    claim: str
+    decides: str
+    unit: str
+    holds: str
+    number: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "number", self.number or self.id)
+
+    @property
+    def relation(self) -> str:
+        return self.holds.split()[0]
+
+    @property
+    def bound(self) -> float:
+        return float(self.holds.split()[1])
+
+
+@dataclass(frozen=True)
+class Row:
+    """A claim with what the tables say: a number, or the sentence that says why there is none."""
+
+    claim: Claim
+    number: Comparison | None
+    decides: str
+
+    @property
+    def verdict(self) -> str:
+        return self.number.judge(self.claim.relation, self.claim.bound) if self.number else NOT_MEASURED
+
+    @property
+    def on_side(self) -> str:
+        if self.number is None:
+            return "–"
+        return f"{self.number.met(self.claim.relation, self.claim.bound)} of {self.number.tasks}"
+
+    @property
+    def asked(self) -> str:
+        share = "%" in UNITS[self.claim.unit]
+        return f"{SIGNS[self.claim.relation]} {self.claim.bound:{'.0%' if share else 'g'}}"
+
+    def __str__(self) -> str:
+        if self.number is None:
+            return "–"
+        three = (self.number.mean, self.number.low, self.number.high)
+        mean, low, high = (UNITS[self.claim.unit].format(part) for part in three)
+        return f"{mean} [{low.split()[0]}, {high.split()[0]}]"
+
+
+def read(path: Path = FILE) -> dict:
+    """Return the file as it is: ``claims``, ``sentences`` and ``plain``, the phrases whose numbers state no result."""
+    return yaml.safe_load(Path(path).read_text())
+
+
+def entries(path: Path = FILE) -> list[Claim]:
+    """Return all claims in the order of the file.
+
+    Raises ClaimError, naming the entry, if one is incomplete, twice there, or has no function in `nb_utils.claims`.
+    """
+    found: dict[str, Claim] = {}
+    for entry in read(path)["claims"]:
+        try:
+            claim = Claim(**entry)
+        except TypeError as error:
+            needs = ", ".join(Claim.__annotations__)
+            raise ClaimError(f"The claim {entry.get('id')!r} needs {needs}: {error}.") from None
+        if claim.id in found:
+            raise ClaimError(f"The claim {claim.id!r} is there twice.")
+        if claim.number not in claims.NUMBERS:
+            raise ClaimError(f"The claim {claim.id!r} has no function {claim.number!r} in nb_utils/claims.py.")
+        if claim.source not in SOURCES or claim.unit not in UNITS or not _is_bound(claim.holds):
+            raise ClaimError(
+                f"The claim {claim.id!r} needs a source of {', '.join(SOURCES)}, a unit of {', '.join(UNITS)}, "
+                "and a bound such as '< 0'."
+            )
+        found[claim.id] = claim
+    return list(found.values())
+
+
+def judged(page: str | None = None, book: Book | None = None, path: Path = FILE) -> dict[str, Row]:
+    """Judge the claims of a page (None: of all pages), by id. A claim whose table is missing is not measured."""
+    book = book or Book()
+    return {claim.id: _judge(claim, book) for claim in entries(path) if page in (None, claim.page)}
+
+
+def _judge(claim: Claim, book: Book) -> Row:
+    try:
+        return Row(claim, claims.NUMBERS[claim.number](book), claim.decides.format_map(book))
+    except (ClaimError, tables.TableError) as error:
+        return Row(claim, None, str(error))
+
+
+def table(judged: Mapping[str, Row], links: bool = False) -> Styler:
+    """Show judged claims with what decides them, or ``links`` to the pages that say it."""
+    lines = []
+    for row in judged.values():
+        line = {"claim": row.claim.claim, "of": row.claim.source}
+        if not links:
+            line["what decides"] = row.decides
+        line |= {"our number [95 %]": str(row), "asked": row.asked, "tasks": row.on_side, "verdict": row.verdict}
+        line = {name: escape(text) for name, text in line.items()}
+        if links:
+            line["page"] = f'<a href="{row.claim.page}.html">{row.claim.page[:2]}</a>'
+        lines.append(line)
+    return plots.table(pd.DataFrame(lines))
+
+
+# Numbers in prose
+
+
+def prose(page: str | Path) -> str:
+    """Return the text of a page (a notebook, or Markdown) without code, formulas, markup and computed numbers."""
+    path = tables.ROOT / page
+    text = path.read_text()
+    if path.suffix == ".ipynb":
+        cells = nbformat.reads(text, as_version=4).cells
+        text = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    for pattern, put in NO_PROSE:
+        text = re.sub(pattern, put, text, flags=re.DOTALL)
+    return text
+
+
+def typed(page: str | Path, path: Path = FILE) -> list[str]:
+    """List the numbers that are typed on a page and that no entry of the file answers for, each with its context."""
+    found, text = read(path), prose(page)
+    said = [entry["says"] for entry in found["sentences"] if str(page) in pages(entry)]
+    for phrase in sorted([*said, *found["plain"]], key=len, reverse=True):
+        text = re.sub(rf"(?<!\w){re.escape(phrase)}(?!\w)", "□", text)
+    return [text[max(0, m.start() - 40) : m.end() + 30] for m in NUMBER.finditer(text)]
+
+
+def unsupported(book: Book | None = None, path: Path = FILE) -> list[str]:
+    """Check every listed sentence against the tables and settings; say of each that fails what it says and why."""
+    book, failed = book or Book(), []
+    for entry in read(path)["sentences"]:
+        if why := _unsupported(entry, book):
+            failed.append(f"{', '.join(pages(entry))} says {entry['says']!r}, but {why}")
+    return failed
+
+
+def pages(entry: Mapping) -> list[str]:
+    """Return the pages that an entry of ``sentences`` is on."""
+    return [entry["page"]] if isinstance(entry["page"], str) else entry["page"]
+
+
+def _unsupported(entry: Mapping, book: Book) -> str | None:
+    """Say why a sentence is not supported, or None."""
+    if "cited" in entry:  # the number is someone else's
+        return None
+    if "setting" in entry:
+        stem, _, name = entry["setting"].rpartition(".")
+        used = [origin["parameters"].get(name) for origin in tables.origins(stem, book.model, book.folder)]
+        return next((f"{entry['setting']} was {one}" for one in used if one != entry["is"]), None)
+    if "constant" in entry:
+        module, *names = entry["constant"].split(".")
+        value = reduce(getattr, names, importlib.import_module(f"nb_utils.{module}"))
+        return None if value == entry["is"] else f"{entry['constant']} is {value}"
+    value = claims.NUMBERS[entry["number"]](book)
+    relation, bound = entry["holds"].split()[0], float(entry["holds"].split()[1])
+    if isinstance(value, Comparison):
+        verdict = value.judge(relation, bound)
+        return None if verdict == entry.get("verdict", "holds") else f"that {verdict}: {entry['number']} is {value}"
+    return None if RELATIONS[relation](value, bound) else f"{entry['number']} is {value:g}"
+
+
+def _is_bound(text: str) -> bool:
+    return bool(re.fullmatch(r"(<|<=|>|>=) -?\d+(\.\d+)?", text))

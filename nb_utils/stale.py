@@ -1,0 +1,187 @@
+"""Stale tables: those that today's code, parameters, data, model, SAEs or packages would not give.
+
+    python -m nb_utils.stale
+
+It names them in groups and exits with 1 if there are any. A table that is not stale need not be made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+from nb_utils import runs, sources, tables
+from nb_utils.tables import ROOT, TableError
+
+SETTINGS = ROOT / "workflow/report.yaml"
+# Parameters that say where to store, or that a table holds by what they led to on its machine.
+NOT_COMPARED = ("tables_dir", "half")
+
+
+def reasons(path: Path, folder: Path) -> list[str]:
+    """Say what has changed since a table below ``folder`` was made; nothing if it would come out the same."""
+    stem, model = path.relative_to(folder).parts[:2]
+    try:
+        origin = tables.read_provenance(path)
+    except TableError as error:
+        return ["no provenance" if "no provenance" in str(error) else "damaged"]
+    missing = [part for part in tables.PARTS if part not in origin]
+    found = [f"provenance without {', '.join(missing)}"] if missing else []
+    maker = sources.maker(stem)
+    if maker is None:
+        found.append("nothing makes such tables any more")
+    elif origin.get("code") != _code(maker):
+        found.append("other code")
+    found += _parameters(maker, origin)
+    found += _weights(origin, model)
+    for name, today in tables.data_sha256(origin.get("parameters", {})).items():
+        if origin.get("data_sha256", {}).get(name, today) != today:
+            found.append(f"other pairs in {name}")
+    for name, then in origin.get("inputs", {}).items():
+        if then not in (_fingerprint(name, model, folder, None), _fingerprint(name, model, folder, path.stem)):
+            found.append(f"other rows in {name}, which it reads")
+    for name, today in tables.versions().items():
+        then = origin.get("versions", {}).get(name, "unknown")
+        if then.partition("+")[0] != today.partition("+")[0]:  # what follows a + names a build
+            found.append(f"{name} was {then}, is {today}")
+    return found
+
+
+def stale(folder: Path) -> dict[str, dict[str, list[str]]]:
+    """Return {reason: {stem and model: names}} for the tables below a folder; a fresh table is not in it."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for path in _tables(folder):
+        for reason in reasons(path, folder):
+            found.setdefault(reason, {}).setdefault(_group(path, folder), []).append(path.stem)
+    return found
+
+
+def _tables(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*.parquet") if not path.name.startswith("."))
+
+
+def _group(path: Path, folder: Path) -> str:
+    stem, model = path.relative_to(folder).parts[:2]
+    return stem if model == tables.MODEL else f"{stem} of {model}"
+
+
+def _parameters(maker: Path | None, origin: Mapping) -> Iterator[str]:
+    """Compare what a table records with the defaults of its notebook and the settings of the report."""
+    if maker is None or maker.suffix != ".ipynb":
+        return
+    today = _defaults(maker)
+    for name, then in origin.get("parameters", {}).items():
+        if name in today and not _same(then, today[name]):
+            yield f"{name} was {_shown(then)}, is {_shown(today[name])}"
+
+
+@cache
+def _defaults(maker: Path) -> dict[str, object]:
+    settings = yaml.safe_load(SETTINGS.read_text())
+    common = {name: settings[name] for name in ("model", "sae_set")}
+    given = runs.known_parameters(maker) | common | settings["parameters"].get(maker.stem, {})
+    return {name: value for name, value in given.items() if name not in ("task", "model", *NOT_COMPARED)}
+
+
+def _same(then: object, today: object) -> bool:
+    """Compare a recorded value with a parameter, which may be its text: [8, 10] is "8,10"; "all" is any list."""
+    if today == "all" and isinstance(then, list):
+        return True
+    return sorted(_parts(then), key=str) == sorted(_parts(today), key=str)
+
+
+def _parts(value: object) -> list:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, str):
+        return [_number(part) for part in value.split(",")]
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _number(text: str) -> object:
+    try:
+        return float(ast.literal_eval(text.strip()))
+    except (ValueError, SyntaxError, TypeError):
+        return text.strip()
+
+
+def _shown(value: object) -> str:
+    return ",".join(f"{part:g}" if isinstance(part, float) else str(part) for part in _parts(value))
+
+
+def _weights(origin: Mapping, model: str) -> Iterator[str]:
+    """Compare the hashes of the model and of the shipped SAEs with those of the files that are here."""
+    today = _model(model)
+    if today and origin.get("model_sha256") != today:
+        yield "other weights of the model"
+    if origin.get("parameters", {}).get("sae_set", "shipped") != "shipped":
+        return
+    for layer, then in origin.get("sae_sha256", {}).items():
+        file = ROOT / "saes" / model / f"blocks.{layer}.hook_resid_post/sae_weights.safetensors"
+        if not file.exists() or _sha256(file) != then:
+            yield f"another SAE at block {layer}"
+
+
+@cache
+def _model(name: str) -> str | None:
+    """Return the hash of a model's weights; None if it is not on this machine."""
+    from nb_utils import models  # it imports torch
+
+    return models.sha256(name)
+
+
+@cache
+def _code(maker: Path) -> str:
+    return sources.code(maker)
+
+
+@cache
+def _fingerprint(stem: str, model: str, folder: Path, task: str | None) -> str:
+    return tables.fingerprint(stem, model, folder, task)
+
+
+@cache
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def report(folder: Path) -> tuple[list[str], bool]:
+    """Return the lines that name what is stale below a folder, and whether anything is."""
+    found, everything = stale(folder), _tables(folder)
+    total = Counter(_group(path, folder) for path in everything)
+    lines = []
+    for reason, groups in found.items():
+        said = [f"{group} ({_listed(names, total[group])})" for group, names in groups.items()]
+        lines += textwrap.wrap(f"{reason}: {'; '.join(said)}", 120, subsequent_indent="  ", break_on_hyphens=False)
+    n = len({(group, name) for groups in found.values() for group, names in groups.items() for name in names})
+    lines.append(f"{n} of {len(everything)} tables are stale." if n else f"No table is stale, of {len(everything)}.")
+    return lines, bool(found)
+
+
+def _listed(names: list[str], total: int, most: int = 5) -> str:
+    if len(names) == total:
+        return f"all {total}"
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line: 1 if there are stale tables, 0 if there are none."""
+    parser = argparse.ArgumentParser(prog="python -m nb_utils.stale", description="Name the tables to make again.")
+    parser.add_argument("folder", nargs="?", default=tables.FOLDER, help="where the tables are")
+    lines, found = report(ROOT / parser.parse_args(argv).folder)
+    print(*lines, sep="\n")
+    return int(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

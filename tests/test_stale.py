@@ -1,0 +1,121 @@
+"""Stale tables: each thing that a table depends on, changed alone, is named, and nothing else is."""
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+
+from nb_utils import sources, stale, tables
+from nb_utils.tables import MODEL, ROOT
+
+STEM, INPUT = "04_detectors", "02_cleanup_features"
+FRAME = pd.DataFrame({"task": ["antonyms"], "layer": [4], "loss": [1.5]})
+SAE = ROOT / "saes" / MODEL / "blocks.4.hook_resid_post/sae_weights.safetensors"
+
+
+def origin(folder, **changes):
+    """Return what a table would be saved with today, with some of it changed."""
+    settings = stale._defaults(sources.maker(STEM)) | {"layers": [4, 6], "penalties": [0.2], "task": "antonyms"}
+    found = tables.provenance(
+        settings, stale._model(MODEL), {4: stale._sha256(SAE)}, {INPUT: tables.fingerprint(INPUT, MODEL, folder)}
+    )
+    for name, value in changes.items():
+        found[name] = {**found[name], **value} if isinstance(value, dict) else value
+    return found
+
+
+@pytest.fixture
+def made(tmp_path):
+    def make(**changes):
+        tables.save(FRAME.assign(latent=7), INPUT, "antonyms", {}, tmp_path)
+        tables.save(FRAME, STEM, "antonyms", origin(tmp_path, **changes), tmp_path)
+        return [line for line in reasons(tmp_path)]
+
+    return make
+
+
+def reasons(folder):
+    stale._fingerprint.cache_clear()
+    return stale.reasons(folder / STEM / MODEL / "antonyms.parquet", folder)
+
+
+def test_a_table_that_would_come_out_the_same_is_fresh(made):
+    assert made() == []
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"parameters": {"steps": 7}}, "steps was 7, is 30"),
+        ({"parameters": {"penalties": [0.3, 1.0]}}, "penalties was 0.3,1, is 0.2"),
+        ({"model_sha256": "0" * 64}, "other weights of the model"),
+        ({"sae_sha256": {"4": "0" * 64}}, "another SAE at block 4"),
+        ({"data_sha256": {"antonyms.json": "0" * 64}}, "other pairs in antonyms.json"),
+        ({"inputs": {INPUT: "0" * 64}}, f"other rows in {INPUT}, which it reads"),
+        ({"versions": {"torch": "1.0.0+cpu"}}, None),
+    ],
+)
+def test_what_has_changed_is_named(made, change, reason):
+    if "model_sha256" in change and stale._model(MODEL) is None:
+        pytest.skip("the model is not converted on this machine")
+    found = made(**change)
+    assert found == [reason] if reason else found[0].startswith("torch was 1.0.0+cpu, is 2")
+
+
+def test_a_build_of_the_same_version_is_no_other_version(made):
+    assert made(versions={"torch": tables.versions()["torch"].partition("+")[0] + "+cu130"}) == []
+
+
+def test_other_code_and_other_rows_of_an_input_are_named(made, tmp_path, monkeypatch):
+    made()
+    tables.save(FRAME.assign(latent=8), INPUT, "antonyms", {}, tmp_path)
+    assert reasons(tmp_path) == [f"other rows in {INPUT}, which it reads"]
+    monkeypatch.setattr(stale, "_code", lambda maker: "another")
+    assert "other code" in reasons(tmp_path)
+
+
+def test_a_table_without_provenance_or_maker_is_stale(made, tmp_path):
+    made()
+    path = tmp_path / STEM / MODEL / "antonyms.parquet"
+    FRAME.to_parquet(path)
+    assert reasons(tmp_path) == ["no provenance"]
+    path.write_bytes(b"PAR1")
+    assert reasons(tmp_path) == ["damaged"]
+    tables.save(FRAME, "99_gone", "antonyms", origin(tmp_path) | {"code": "0"}, tmp_path)
+    assert stale.reasons(tmp_path / "99_gone" / MODEL / "antonyms.parquet", tmp_path) == [
+        "nothing makes such tables any more"
+    ]
+
+
+def test_the_command_groups_what_it_names_and_exits_with_1_if_there_is_any(made, tmp_path, capsys):
+    made()
+    shutil.rmtree(tmp_path / INPUT)
+    tables.save(FRAME, STEM, "en_es", origin(tmp_path), tmp_path)
+    (tmp_path / STEM / MODEL / "antonyms.parquet").unlink()
+    assert stale.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "No table is stale, of 1.\n"
+    for task in ("en_fr", "en_it"):
+        tables.save(FRAME, STEM, task, origin(tmp_path, parameters={"steps": 7}), tmp_path)
+    assert stale.main([str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert said == f"steps was 7, is 30: {STEM} (en_fr, en_it)\n2 of 3 tables are stale.\n"
+
+
+# Measured before tables said where they come from. Measured again (`make saes`), it leaves this list.
+SILENT = {"saes/gemma-3-270m/quality.parquet"}
+
+
+def test_every_committed_table_says_where_it_comes_from():
+    """Those made before a part was recorded are stale, and the command says so; none lacks the rest."""
+    first = {"code", "model_sha256", "parameters", "sae_sha256", "versions"}
+    folder = ROOT / tables.FOLDER
+    for path in sorted(folder.rglob("*.parquet")):
+        if str(path.relative_to(folder)) in SILENT:
+            assert stale.reasons(path, folder) == ["no provenance"]
+            continue
+        found = tables.read_provenance(path)
+        fresh = not any("provenance" in reason for reason in stale.reasons(path, folder))
+        assert (set(tables.PARTS) if fresh else first) <= set(found), path
+        assert all(found[name] for name in ("code", "model_sha256", "parameters", "versions")), path
+        json.dumps(found)
