@@ -1,5 +1,5 @@
 # book: run three tasks and build the book · report: the same for every task · test: the whole test suite
-# More: html (only rebuild the pages) serve lab lint saes evidence explore tasks bench clean. Each target installs what it needs into .venv.
+# More: html (only rebuild the pages) stale serve lab lint saes evidence explore tasks bench clean. Each target installs what it needs into .venv.
 
 PYTHON ?= $(shell for p in python3.11 python3 python; do $$p -c \
   'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -16,7 +16,7 @@ SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --profile workflow/p
 runs = $(SNAKEMAKE) --unlock $(1) >/dev/null 2>&1; $(SNAKEMAKE) $(1)
 
 .SILENT:
-.PHONY: book report html model test lint serve lab saes evidence explore tasks bench constraints clean
+.PHONY: book report html stale model test lint serve lab saes evidence explore tasks bench constraints clean
 
 book: model
 	$(call runs,--config model='$(MODEL)' sae_set='$(SAES)' size=book tasks='$(TASKS)')
@@ -34,6 +34,9 @@ html: .venv/installed
 	$(BIN)/jupyter-book build . --all -W -n --keep-going >logs/html.log 2>&1 \
 	  || { grep -E "WARNING: |Error[^ ]*: ." logs/html.log | sort -u | tail -5; echo "The book was not built: see logs/html.log"; exit 1; }
 	echo "The book is $(CURDIR)/_build/html/index.html: open it in a browser, or run make serve."
+
+stale: .venv/installed
+	$(BIN)/python -m nb_utils.stale
 
 model: .venv/installed
 	$(BIN)/python -m workflow.fetch_model '$(MODEL)'

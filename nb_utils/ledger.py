@@ -150,18 +150,19 @@ def _judge(claim: Claim, book: Book) -> Row:
 
 
 def table(judged: Mapping[str, Row], links: bool = False) -> Styler:
-    """Show judged claims with what decides them, or ``links`` to the pages that say it."""
+    """Show judged claims, each over what decides it; with ``links``, beside the page that says so instead."""
     lines = []
     for row in judged.values():
-        line = {"claim": row.claim.claim, "of": row.claim.source}
-        if not links:
-            line["what decides"] = row.decides
-        line |= {"our number [95 %]": str(row), "asked": row.asked, "tasks": row.on_side, "verdict": row.verdict}
-        line = {name: escape(text) for name, text in line.items()}
+        claim = f"{escape(row.claim.claim)} ({row.claim.source})"
+        if row.number is None or not links:
+            claim = f"<b>{claim}</b><br>{escape(row.decides)}"
+        line = {"claim": claim, "verdict": row.verdict, "our number [95 %]": str(row), "asked": escape(row.asked)}
+        line["tasks"] = row.on_side.replace(" ", "\N{NO-BREAK SPACE}")
         if links:
             line["page"] = f'<a href="{row.claim.page}.html">{row.claim.page[:2]}</a>'
         lines.append(line)
-    return plots.table(pd.DataFrame(lines))
+    wrapped = {"selector": "td", "props": "white-space: normal; vertical-align: top"}
+    return plots.table(pd.DataFrame(lines)).set_table_styles([wrapped], overwrite=False)
 
 
 # Numbers in prose

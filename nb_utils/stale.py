@@ -22,7 +22,7 @@ import yaml
 from nb_utils import runs, sources, tables
 from nb_utils.tables import ROOT, TableError
 
-SETTINGS = ROOT / "workflow/report.yaml"
+SETTINGS, MODELS = ROOT / "workflow/report.yaml", ROOT / "workflow/models.yaml"
 # Parameters that say where to store, or that a table holds by what they led to on its machine.
 NOT_COMPARED = ("tables_dir", "half")
 
@@ -41,7 +41,7 @@ def reasons(path: Path, folder: Path) -> list[str]:
         found.append("nothing makes such tables any more")
     elif origin.get("code") != _code(maker):
         found.append("other code")
-    found += _parameters(maker, origin)
+    found += _parameters(maker, model, origin)
     found += _weights(origin, model)
     for name, today in tables.data_sha256(origin.get("parameters", {})).items():
         if origin.get("data_sha256", {}).get(name, today) != today:
@@ -74,21 +74,23 @@ def _group(path: Path, folder: Path) -> str:
     return stem if model == tables.MODEL else f"{stem} of {model}"
 
 
-def _parameters(maker: Path | None, origin: Mapping) -> Iterator[str]:
+def _parameters(maker: Path | None, model: str, origin: Mapping) -> Iterator[str]:
     """Compare what a table records with the defaults of its notebook and the settings of the report."""
     if maker is None or maker.suffix != ".ipynb":
         return
-    today = _defaults(maker)
+    today = _defaults(maker, model)
     for name, then in origin.get("parameters", {}).items():
         if name in today and not _same(then, today[name]):
             yield f"{name} was {_shown(then)}, is {_shown(today[name])}"
 
 
 @cache
-def _defaults(maker: Path) -> dict[str, object]:
-    settings = yaml.safe_load(SETTINGS.read_text())
-    common = {name: settings[name] for name in ("model", "sae_set")}
-    given = runs.known_parameters(maker) | common | settings["parameters"].get(maker.stem, {})
+def _defaults(maker: Path, model: str) -> dict[str, object]:
+    """Return the parameters that `make report` gives a notebook for a model (as its folder is called)."""
+    settings, models = (yaml.safe_load(path.read_text()) for path in (SETTINGS, MODELS))
+    own = models["models"].get(model.replace("--", "/"), {})
+    given = runs.known_parameters(maker) | {"sae_set": settings["sae_set"]} | settings["parameters"].get(maker.stem, {})
+    given |= own.get("every", {}) | own.get(maker.stem, {})
     return {name: value for name, value in given.items() if name not in ("task", "model", *NOT_COMPARED)}
 
 

@@ -16,7 +16,7 @@ SAE = ROOT / "saes" / MODEL / "blocks.4.hook_resid_post/sae_weights.safetensors"
 
 def origin(folder, **changes):
     """Return what a table would be saved with today, with some of it changed."""
-    settings = stale._defaults(sources.maker(STEM)) | {"layers": [4, 6], "penalties": [0.2], "task": "antonyms"}
+    settings = stale._defaults(sources.maker(STEM), MODEL) | {"layers": [4, 6], "penalties": [0.2], "task": "antonyms"}
     found = tables.provenance(
         settings, stale._model(MODEL), {4: stale._sha256(SAE)}, {INPUT: tables.fingerprint(INPUT, MODEL, folder)}
     )
@@ -61,6 +61,11 @@ def test_what_has_changed_is_named(made, change, reason):
         pytest.skip("the model is not converted on this machine")
     found = made(**change)
     assert found == [reason] if reason else found[0].startswith("torch was 1.0.0+cpu, is 2")
+
+
+def test_other_models_are_held_against_their_own_blocks():
+    maker = sources.maker("05_cross_task_steering")
+    assert stale._defaults(maker, "google--gemma-2-2b")["layers"] == "14,10" != stale._defaults(maker, MODEL)["layers"]
 
 
 def test_a_build_of_the_same_version_is_no_other_version(made):
