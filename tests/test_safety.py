@@ -1,0 +1,162 @@
+"""Supply chain and safety: no pickles, no code of others' repositories, pinned packages, servers on loopback."""
+
+import ast
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import nbformat
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from nb_utils import tables
+from workflow import audit
+
+ROOT = Path(__file__).resolve().parents[1]
+CODE = sorted(path for part in ("nb_utils", "workflow", "benchmarks") for path in (ROOT / part).glob("*.py"))
+NOTEBOOKS = sorted((ROOT / "book").rglob("*.ipynb"))
+UNSAFE = re.compile(
+    r"^(torch\.load|(c?pickle|cloudpickle|dill|joblib|marshal|shelve)\.\w+|pd\.read_pickle|yaml\.(load|unsafe_load)"
+    r"|eval|exec|os\.system|os\.popen)$"
+)
+DATA = ("saes", "data", "results/tables", "book/_assets")
+
+
+def sources():
+    for path in CODE:
+        yield path, path.read_text()
+    for path in NOTEBOOKS:
+        cells = nbformat.read(path, as_version=4).cells
+        lines = "\n".join(cell.source for cell in cells if cell.cell_type == "code").splitlines()
+        yield path, "\n".join(line for line in lines if not line.startswith(("%", "!")))
+
+
+def complaints(text):
+    """List the calls in a piece of code that could run what is not ours."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call):
+            name, given = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+            remote = given.get("trust_remote_code", "False") != "False"
+            shell = given.get("shell", "False") != "False" or given.get("allow_pickle", "False") != "False"
+            if UNSAFE.match(name) or remote or shell:
+                found.append(f"{name}, line {node.lineno}")
+    return found
+
+
+def pinned(file):
+    lines = [line.split("#")[0].strip() for line in (ROOT / file).read_text().splitlines()]
+    return [Requirement(line) for line in lines if line]
+
+
+def test_no_code_reads_pickles_or_runs_what_is_not_ours():
+    for path, text in sources():
+        assert not complaints(text), path
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "torch.load('x.pt', weights_only=True)", "pickle.loads(data)", "eval(text)", "yaml.load(text)",
+        "AutoModel.from_pretrained(name, trust_remote_code=True)", "subprocess.run(words, shell=True)",
+        "np.load(path, allow_pickle=True)", "AutoModel.from_pretrained(name, trust_remote_code=wanted)",
+    ],
+)  # fmt: skip
+def test_such_a_call_is_found(text):
+    assert complaints(f"def f():\n    return {text}")
+
+
+def test_models_by_name_are_loaded_from_safetensors_only():
+    """Of two calls for a model, one reads the GGUF whose hash is pinned, the other safetensors."""
+    text = (ROOT / "nb_utils/models.py").read_text()
+    calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    loads = [c for c in calls if ast.unparse(c.func) == "AutoModelForCausalLM.from_pretrained"]
+    given = [{word.arg: ast.unparse(word.value) for word in call.keywords} for call in loads]
+    assert len(given) == 2
+    assert all(words.get("use_safetensors") == "True" or "gguf_file" in words for words in given)
+
+
+def test_shipped_weights_are_safetensors_with_the_hash_that_their_card_and_the_table_state():
+    measured = tables.load("saes").set_index("layer")["sae_sha256"]
+    for weights in sorted((ROOT / "saes").rglob("sae_weights.safetensors")):
+        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+        assert digest in (weights.parent / "README.md").read_text(), weights
+        assert digest == measured[int(weights.parent.name.split(".")[1])], weights
+    kinds = {path.suffix for part in DATA for path in (ROOT / part).rglob("*") if path.is_file()}
+    assert not kinds & {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib", ".h5"}
+
+
+@pytest.mark.parametrize(
+    "file", ["requirements.txt", "constraints.txt", "benchmarks/requirements.txt", "workflow/requirements-data.txt"]
+)
+def test_every_package_is_pinned_to_one_version(file):
+    for package in pinned(file):
+        (one,) = package.specifier
+        assert one.operator == "==" and "*" not in one.version and not package.url, package
+
+
+def test_the_constraints_hold_every_package_that_the_requirements_bring_along():
+    versions = {canonicalize_name(package.name): str(package.specifier) for package in pinned("constraints.txt")}
+    todo, seen = pinned("requirements.txt"), set()
+    for package in todo:
+        assert versions[canonicalize_name(package.name)] == str(package.specifier), package
+    while todo:
+        package = todo.pop()
+        name = canonicalize_name(package.name)
+        assert name in versions, f"{name} is not in constraints.txt: run make constraints"
+        extras = package.extras or {""}
+        for text in metadata.requires(name) or [] if (name, *sorted(extras)) not in seen else []:
+            other = Requirement(text)
+            if other.marker is None or any(other.marker.evaluate({"extra": extra}) for extra in extras):
+                todo.append(other)
+        seen.add((name, *sorted(extras)))
+    assert len({name for name, *_ in seen}) > 100
+
+
+def test_make_installs_nothing_that_is_not_pinned():
+    lines = [line for line in (ROOT / "Makefile").read_text().splitlines() if "pip install" in line]
+    assert len(lines) >= 5
+    for line in lines:
+        what = line.split("pip install")[1].replace("--quiet", "").replace("--disable-pip-version-check", "")
+        assert re.search(r"-c constraints\.txt|requirements-data\.txt|==\d|--no-deps -e \.", what), line
+
+
+def test_servers_listen_on_loopback_and_keep_their_token():
+    makefile = (ROOT / "Makefile").read_text()
+    servers = [line for line in makefile.splitlines() if re.search(r"http\.server|jupyter lab", line)]
+    assert len(servers) == 2
+    assert "--bind 127.0.0.1" in servers[0] and "--ip 127.0.0.1" in servers[1]
+    everything = "\n".join([makefile, *(text for _, text in sources())])
+    open_doors = r"0\.0\.0\.0|IdentityProvider\.token|--no-auth|allow_origin|ServerApp\.(token|password)"
+    assert not re.search(open_doors, everything)
+
+
+def test_an_audit_names_flaws_and_never_calls_sound_what_it_could_not_ask_for():
+    flaw = {"id": "PYSEC-1", "fix_versions": ["2.20.0"], "aliases": [], "description": ""}
+    bad = {"name": "requests", "version": "2.19.0", "vulns": [flaw]}
+    good, unknown = {"name": "idna", "version": "3.10", "vulns": []}, {"name": "torch", "skip_reason": "not found"}
+    assert audit.judge({"dependencies": [good]}) == (0, "None of 1 packages has a known vulnerability.")
+    code, said = audit.judge({"dependencies": [good, bad, unknown]})
+    assert code == 1 and "requests 2.19.0: PYSEC-1, mended in 2.20.0" in said
+    code, said = audit.judge({"dependencies": [good, unknown]})
+    assert code == 2 and "1 of 2 packages could not be audited" in said
+
+
+@pytest.mark.parametrize(
+    "prints, code, said",
+    [
+        (json.dumps({"dependencies": [{"name": "a", "skip_reason": "not found"}], "fixes": []}), 2, "not reachable"),
+        ("", 2, "Nothing was audited"),
+    ],
+)
+def test_the_audit_command_says_in_one_line_when_there_is_no_data(tmp_path, prints, code, said):
+    program = tmp_path / "pip-audit"
+    program.write_text(f"#!{sys.executable}\nprint({prints!r})\n")
+    program.chmod(0o755)
+    done = subprocess.run([sys.executable, "-m", "workflow.audit", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code and said in done.stderr and done.stderr.count("\n") == 1
