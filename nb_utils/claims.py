@@ -322,6 +322,12 @@ def number_of_saes(book: Book) -> float:
 
 
 @number
+def tokens_of_evidence(book: Book) -> float:
+    """The tokens of text that the evidence for features was read from, at least at any block."""
+    return float(tables.load("features", book.model, book.folder, ["n_tokens"])["n_tokens"].min())
+
+
+@number
 def width_of_saes(book: Book) -> float:
     """The width that all SAEs have; NaN if they differ."""
     widths = set(tables.load("saes", book.model, book.folder)["d_sae"])

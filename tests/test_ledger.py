@@ -31,7 +31,7 @@ def book(tmp_path, monkeypatch):
     """Copy the tables, change a column of some rows in the copy, and return a book that reads it."""
 
     def change(stem, column, how, **equal):
-        shutil.copytree(ROOT / tables.FOLDER, tmp_path / "tables", ignore=shutil.ignore_patterns("features"))
+        shutil.copytree(ROOT / tables.FOLDER, tmp_path / "tables")
         monkeypatch.setenv("NB_TABLES", str(tmp_path / "tables"))
         monkeypatch.setattr(sources, "maker", lambda stem: None)  # the copy keeps its provenance
         for path in (tmp_path / "tables" / stem / tables.MODEL).glob("*.parquet"):
