@@ -2,6 +2,9 @@
 
 import ast
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -9,7 +12,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from nb_utils import runs
+from nb_utils import runs, stale, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = sorted((ROOT / "book/experiments").glob("*.ipynb"))
@@ -110,10 +113,9 @@ def test_settings_of_the_workflow_name_only_known_parameters(path):
         assert set(own.get("every", {}) | own.get(path.stem, {})) <= set(runs.known_parameters(path)), model
 
 
-@pytest.fixture(scope="module")
-def tables_of(tmp_path_factory):
+def runner(folder):
     """Run an experiment on the tiny model, once, after those whose tables it reads; return the folder of tables."""
-    folder, needs, done = tmp_path_factory.mktemp("tables"), workflow_needs(), set()
+    needs, done = workflow_needs(), set()
 
     def run(stem):
         for other in needs.get(stem, []):
@@ -129,6 +131,26 @@ def tables_of(tmp_path_factory):
     return run
 
 
+@pytest.fixture(scope="module")
+def tables_of(tmp_path_factory):
+    return runner(tmp_path_factory.mktemp("tables"))
+
+
+@pytest.fixture(scope="module")
+def tables_again(tmp_path_factory):
+    """The same once more, in kernels that are forked from a warm parent, as the workflow has them."""
+    folder = tmp_path_factory.mktemp("again")
+    command = [sys.executable, "-m", "nb_utils.kernels", str(folder / "socket"), "--model", "tiny"]
+    with pytest.MonkeyPatch.context() as patch, subprocess.Popen(command, stdin=subprocess.PIPE, cwd=ROOT) as parent:
+        patch.setenv("NB_KERNELS", str(folder / "socket"))
+        deadline = time.monotonic() + 60
+        while not (folder / "socket").exists():
+            assert parent.poll() is None and time.monotonic() < deadline, "the parent of the kernels did not start"
+            time.sleep(0.1)
+        yield runner(folder)
+        parent.stdin.close()
+
+
 def workflow_needs():
     """Read from the Snakefile which experiments read the tables of others."""
     snakefile = (ROOT / "workflow/Snakefile").read_text()
@@ -142,3 +164,23 @@ def test_an_experiment_runs_on_the_tiny_model_and_saves_its_table(path, tables_o
     table = pd.read_parquet(tables_of(path.stem) / path.stem / "tiny/antonyms.parquet")
     assert set(table["layer"]) - {-1} == {2, 3}
     assert set(table["task"]) == {"antonyms"}
+
+
+@every_experiment
+def test_two_runs_with_one_seed_give_the_same_bytes(path, tables_of, tables_again):
+    first, second = tables_of(path.stem), tables_again(path.stem)
+    made = [table.relative_to(first) for table in first.glob(f"{path.stem}*/tiny/*.parquet")]
+    assert made
+    for table in made:
+        assert (first / table).read_bytes() == (second / table).read_bytes(), f"{table} differs"
+
+
+@every_experiment
+def test_a_table_says_all_that_it_depends_on(path, tables_of):
+    for table in tables_of(path.stem).glob(f"{path.stem}*/tiny/*.parquet"):
+        origin = tables.read_provenance(table)
+        assert set(origin) == set(tables.PARTS)
+        assert set(runs.known_parameters(path)) - set(stale.NOT_COMPARED) <= set(origin["parameters"])
+        assert set(origin["data_sha256"]) == {"antonyms.json"} and set(origin["sae_sha256"]) == {"2", "3"}
+    read = {text for text in re.findall(r'"(\d\d_[a-z_]+)"', path.read_text().replace('\\"', '"'))}
+    assert set(origin["inputs"]) == {stem for stem in read if not stem.startswith(path.stem)}
