@@ -56,22 +56,12 @@ def reasons(path: Path, folder: Path) -> list[str]:
     return found
 
 
-def stale(folder: Path) -> dict[str, dict[str, list[str]]]:
-    """Return {reason: {stem and model: names}} for the tables below a folder; a fresh table is not in it."""
-    found: dict[str, dict[str, list[str]]] = {}
-    for path in _tables(folder):
-        for reason in reasons(path, folder):
-            found.setdefault(reason, {}).setdefault(_group(path, folder), []).append(path.stem)
-    return found
-
-
-def _tables(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*.parquet") if not path.name.startswith("."))
-
-
 def _group(path: Path, folder: Path) -> str:
+    """Name what a table stands under: the notebook or script that makes it, and the model if it is not the book's."""
     stem, model = path.relative_to(folder).parts[:2]
-    return stem if model == tables.MODEL else f"{stem} of {model}"
+    maker = sources.maker(stem)
+    name = stem if maker is None else maker.stem if maker.suffix == ".ipynb" else str(maker.relative_to(ROOT))
+    return name if model == tables.MODEL else f"{name} of {model}"
 
 
 def _parameters(maker: Path | None, model: str, origin: Mapping) -> Iterator[str]:
@@ -159,20 +149,25 @@ def _sha256(path: Path) -> str:
 
 def report(folder: Path) -> tuple[list[str], bool]:
     """Return the lines that name what is stale below a folder, and whether anything is."""
-    found, everything = stale(folder), _tables(folder)
+    everything = sorted(path for path in folder.rglob("*.parquet") if not path.name.startswith("."))
     total = Counter(_group(path, folder) for path in everything)
+    stale = {path: why for path in everything if (why := reasons(path, folder))}
+    found: dict[str, dict[str, list[str]]] = {}
+    for path, why in stale.items():
+        for reason in why:
+            found.setdefault(reason, {}).setdefault(_group(path, folder), []).append(path.stem)
     lines = []
     for reason, groups in found.items():
         said = [f"{group} ({_listed(names, total[group])})" for group, names in groups.items()]
         lines += textwrap.wrap(f"{reason}: {'; '.join(said)}", 120, subsequent_indent="  ", break_on_hyphens=False)
-    n = len({(group, name) for groups in found.values() for group, names in groups.items() for name in names})
-    lines.append(f"{n} of {len(everything)} tables are stale." if n else f"No table is stale, of {len(everything)}.")
-    return lines, bool(found)
+    lines.append(f"{len(stale) or 'None'} of {len(everything)} tables {'is' if len(stale) < 2 else 'are'} stale.")
+    return lines, bool(stale)
 
 
 def _listed(names: list[str], total: int, most: int = 5) -> str:
     if len(names) == total:
         return f"all {total}"
+    names = list(dict.fromkeys(names))  # the tables of one task have its name
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 

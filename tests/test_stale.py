@@ -99,7 +99,7 @@ def test_the_command_groups_what_it_names_and_exits_with_1_if_there_is_any(made,
     tables.save(FRAME, STEM, "en_es", origin(tmp_path), tmp_path)
     (tmp_path / STEM / MODEL / "antonyms.parquet").unlink()
     assert stale.main([str(tmp_path)]) == 0
-    assert capsys.readouterr().out == "No table is stale, of 1.\n"
+    assert capsys.readouterr().out == "None of 1 tables is stale.\n"
     for task in ("en_fr", "en_it"):
         tables.save(FRAME, STEM, task, origin(tmp_path, parameters={"steps": 7}), tmp_path)
     assert stale.main([str(tmp_path)]) == 1
