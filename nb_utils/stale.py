@@ -172,10 +172,14 @@ def _listed(names: list[str], total: int, most: int = 5) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line: 1 if there are stale tables, 0 if there are none."""
+    """Run the command line: 0 if there are no stale tables, 1 if there are some, 2 if that cannot be found out."""
     parser = argparse.ArgumentParser(prog="python -m nb_utils.stale", description="Name the tables to make again.")
     parser.add_argument("folder", nargs="?", default=tables.FOLDER, help="where the tables are")
-    lines, found = report(ROOT / parser.parse_args(argv).folder)
+    try:
+        lines, found = report(ROOT / parser.parse_args(argv).folder)
+    except ValueError as error:  # of our own: a damaged model or input
+        print(error, file=sys.stderr)
+        return 2
     print(*lines, sep="\n")
     return int(found)
 

@@ -107,6 +107,15 @@ def test_the_command_groups_what_it_names_and_exits_with_1_if_there_is_any(made,
     assert said == f"steps was 7, is 30: {STEM} (en_fr, en_it)\n2 of 3 tables are stale.\n"
 
 
+def test_what_cannot_be_compared_is_one_sentence(made, tmp_path, capsys):
+    made()
+    (tmp_path / INPUT / MODEL / "antonyms.parquet").write_bytes(b"PAR1")
+    stale._fingerprint.cache_clear()
+    assert stale.main([str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "antonyms.parquet is damaged" in said and said.count("\n") == 1
+
+
 # Measured before tables said where they come from. Measured again (`make saes`), it leaves this list.
 SILENT = {"saes/gemma-3-270m/quality.parquet"}
 
