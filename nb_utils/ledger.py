@@ -146,7 +146,7 @@ def _judge(claim: Claim, book: Book) -> Row:
     try:
         return Row(claim, claims.NUMBERS[claim.number](book), claim.decides.format_map(book))
     except (ClaimError, tables.TableError) as error:
-        return Row(claim, None, str(error))
+        return Row(claim, None, str(error).replace(f"{tables.ROOT}/", ""))  # a page shows it
 
 
 def table(judged: Mapping[str, Row], links: bool = False) -> Styler:
@@ -193,7 +193,11 @@ def unsupported(book: Book | None = None, path: Path = FILE) -> list[str]:
     """Check every listed sentence against the tables and settings; say of each that fails what it says and why."""
     book, failed = book or Book(), []
     for entry in read(path)["sentences"]:
-        if why := _unsupported(entry, book):
+        try:
+            why = _unsupported(entry, book)
+        except (ClaimError, tables.TableError) as error:
+            why = str(error)
+        if why:
             failed.append(f"{', '.join(pages(entry))} says {entry['says']!r}, but {why}")
     return failed
 
@@ -210,6 +214,8 @@ def _unsupported(entry: Mapping, book: Book) -> str | None:
     if "setting" in entry:
         stem, _, name = entry["setting"].rpartition(".")
         used = [origin["parameters"].get(name) for origin in tables.origins(stem, book.model, book.folder)]
+        if not used:
+            return f"there are no tables of {stem}"
         return next((f"{entry['setting']} was {one}" for one in used if one != entry["is"]), None)
     if "constant" in entry:
         module, *names = entry["constant"].split(".")

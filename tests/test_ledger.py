@@ -111,6 +111,7 @@ def test_a_claim_whose_table_is_missing_says_so_and_the_others_stand(book, tmp_p
     gone = {name for name, row in found.items() if row.claim.page == "05_cross_task_steering"}
     assert gone and all(found[name].verdict == "not measured" for name in gone)
     assert all("There are no tables of 05_cross_task_steering" in found[name].decides for name in gone)
+    assert any("There are no tables of 05_cross_task_steering" in one for one in ledger.unsupported(broken))
     assert {k: r.verdict for k, r in found.items() if k not in gone} == {
         k: r.verdict for k, r in judged.items() if k not in gone
     }
