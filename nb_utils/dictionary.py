@@ -85,7 +85,9 @@ def random_support(at: Streams, layer: int, sae: Sae, k: int | None = 40, seed: 
 
 def _least_squares(target, support, sae) -> Codes:
     codes = torch.zeros_like(sae.threshold)
-    codes[support] = torch.linalg.lstsq(sae.W_dec[support].T, (target - sae.b_dec)[:, None]).solution[:, 0]
+    # In float32 the last bits of the solution depend on where its buffers lie, so they vary from run to run.
+    atoms, rest = sae.W_dec[support].T.double(), (target - sae.b_dec).double()
+    codes[support] = torch.linalg.lstsq(atoms, rest[:, None]).solution[:, 0].to(codes.dtype)
     return Codes(codes, sae.decode(codes), target)
 
 

@@ -162,6 +162,17 @@ def test_the_error_of_a_control_is_orthogonal_to_the_atoms_that_it_may_use(at, s
     assert (sae.decoder_directions[support] @ found.error).abs().max() < 1e-4 * found.target.norm()
 
 
+@pytest.mark.parametrize("method", [dictionary.top_k_projection, dictionary.random_support], ids=lambda f: f.__name__)
+def test_a_method_gives_the_same_bits_wherever_its_buffers_lie(method):
+    generator, kept, seen = torch.Generator().manual_seed(0), [], set()
+    atoms, target = torch.randn(100, 640, generator=generator), 1000 * torch.randn(640, generator=generator)
+    for size in range(1, 2000, 40):
+        kept.append(bytearray(size))  # moves what is allocated next
+        codes = method(only(target.clone()), 0, build(atoms.clone(), W_enc=atoms.T.clone()), 40).codes
+        seen.add(codes.numpy().tobytes())
+    assert len(seen) == 1
+
+
 def test_a_random_support_depends_on_its_seed_only(at, sae):
     state = torch.get_rng_state()
     first, again, other = (dictionary.random_support(at, 2, sae, 5, seed) for seed in (0, 0, 1))
