@@ -328,6 +328,21 @@ def tokens_of_evidence(book: Book) -> float:
 
 
 @number
+def pairs_of_example(book: Book) -> float:
+    """The pairs of the workbench's stored example."""
+    return len(tables.load("explore_cleaning", book.model, book.folder)["pairs"].iloc[0])
+
+
+@number
+def few_pairs_clean(book: Book) -> float:
+    """The loss of that example's pruned vector, as validation chooses it, less the zero-shot loss."""
+    found = tables.load("explore_cleaning", book.model, book.folder)
+    pruned = rows(found, method="prune_contrast")
+    zero = rows(found, method="zero_shot")["loss"].iloc[0]
+    return float(pruned.loc[pruned["validation_loss"].idxmin(), "loss"] - zero)
+
+
+@number
 def width_of_saes(book: Book) -> float:
     """The width that all SAEs have; NaN if they differ."""
     widths = set(tables.load("saes", book.model, book.folder)["d_sae"])

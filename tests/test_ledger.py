@@ -15,10 +15,10 @@ from nb_utils.metrics import Comparison
 from nb_utils.tables import ROOT
 
 PAGES = [
-    "README.md", "book/index.md", "book/background.md",
+    "README.md", "book/index.md", "book/background.md", "book/explore.ipynb",
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "book/findings").glob("*.ipynb")),
 ]  # fmt: skip
-FINDINGS = [Path(page).stem for page in PAGES if page.endswith(".ipynb")]
+FINDINGS = [Path(page).stem for page in PAGES if page.startswith("book/findings/")]
 
 
 @pytest.fixture(scope="module")
