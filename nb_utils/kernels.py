@@ -3,9 +3,10 @@
     python -m nb_utils.kernels /tmp/private/kernels --model gemma-3-270m
 
 The workflow starts this parent before its first job. It ends when its standard input does, that is, with the workflow,
-however that ends. A run (`nb_utils.runs`) asks for a kernel through the socket, which only its owner may use. The
-parent never executes a cell: every kernel is a fresh copy of it, as clean as a new process. Where there is no parent,
-or it imported other code than there is now, a run starts a kernel of its own.
+however that ends, and its kernels end with it: nobody waits for them any more. A run (`nb_utils.runs`) asks for a
+kernel through the socket, which only its owner may use. The parent never executes a cell: every kernel is a fresh copy
+of it, as clean as a new process. Where there is no parent, or it imported other code than there is now, a run starts a
+kernel of its own.
 
 The parent computes nothing before it forks, and runs one thread: pools of threads do not survive a fork.
 """
@@ -93,6 +94,7 @@ def _warm_up(model: str | None) -> None:
 
 def _become_kernel(connection: socket.socket, ours: str) -> None:
     """Take over the caller's streams, environment and folder, and run the kernel; never returns."""
+    parent = os.getppid()
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         _, streams, _, _ = socket.recv_fds(connection, 1, 3)
@@ -110,7 +112,7 @@ def _become_kernel(connection: socket.socket, ours: str) -> None:
         os.environ.update(caller["environ"])
         sys.argv = ["ipykernel_launcher", *caller["arguments"]]
         sys.path[:] = [entry for entry in sys.path if entry not in ("", caller["cwd"])]  # IPython puts "" there itself
-        threading.Thread(target=_end_with, args=[connection], daemon=True).start()
+        threading.Thread(target=_end_with, args=[connection, parent], daemon=True).start()
         random.seed()
 
         import torch
@@ -128,10 +130,15 @@ def _become_kernel(connection: socket.socket, ours: str) -> None:
         os._exit(0)
 
 
-def _end_with(connection: socket.socket) -> None:
-    """End the kernel when its caller has ended, however that happened."""
-    connection.recv(1)
+def _end_with(connection: socket.socket, parent: int) -> None:
+    """End the kernel when its caller has ended, or the parent and with it the workflow, however that happened."""
+    _until_ended(connection, parent)
     os._exit(1)
+
+
+def _until_ended(connection: socket.socket, parent: int) -> None:
+    while os.getppid() == parent and not select.select([connection], [], [], 1)[0]:
+        pass
 
 
 def attach(path: str | Path, arguments: list[str]) -> None:
@@ -139,7 +146,7 @@ def attach(path: str | Path, arguments: list[str]) -> None:
 
     ``arguments`` are those of ``ipykernel_launcher``.
     """
-    fresh = [sys.executable, "-m", "ipykernel_launcher", *arguments]
+    run, fresh = os.getppid(), [sys.executable, "-m", "ipykernel_launcher", *arguments]
     connection = socket.socket(socket.AF_UNIX)
     try:
         connection.connect(str(path))
@@ -154,9 +161,7 @@ def attach(path: str | Path, arguments: list[str]) -> None:
     pid = int(answer)
     signal.signal(signal.SIGINT, lambda *_: os.kill(pid, signal.SIGINT))
     signal.signal(signal.SIGTERM, lambda *_: os.kill(pid, signal.SIGTERM))
-    run = os.getppid()
-    while os.getppid() == run and not select.select([connection], [], [], 1)[0]:
-        pass  # neither the kernel nor the run that it belongs to has ended
+    _until_ended(connection, run)  # the kernel, or the run that it belongs to
 
 
 def main(argv: list[str] | None = None) -> None:

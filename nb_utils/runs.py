@@ -10,7 +10,6 @@ import ast
 import logging
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -22,8 +21,10 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
+from nb_utils import files
+
 # Errors of the book's own modules: their message says it all, so the type is not shown.
-OWN_ERRORS = ("TaskError", "ModelError", "SaeError", "TableError", "RunError")
+OWN_ERRORS = ("TaskError", "ModelError", "SaeError", "TableError", "FileError", "RunError")
 
 
 class RunError(ValueError):
@@ -60,24 +61,31 @@ def execute(
     """Execute a notebook with papermill and move its executed copy to `output` once it is complete.
 
     Until then the copy lies beside `output` under a hidden name: a killed run leaves nothing that looks
-    finished, and an older `output` stays. A failed run keeps its copy as ``<output stem>.failed.ipynb``.
+    finished, and an older `output` stays. Where another process makes the same `output`, perhaps because what
+    started it was killed, we wait for it to end. A failed run keeps its copy as ``<output stem>.failed.ipynb``.
     The title of a copy names the parameter `task`, if there is one. What papermill reports and the cells
     print goes to `log`.
 
-    Raises RunError if a parameter is unknown (papermill alone only warns) or a cell fails.
+    Raises RunError if a parameter is unknown (papermill alone only warns), a cell fails or the copy can't be written.
     """
     output = Path(output)
     known = known_parameters(notebook)
     if unknown := [name for name in parameters if name not in known]:
         raise RunError(f"{notebook} has no parameter {unknown[0]!r}; it knows {', '.join(known)}.")
     failed = output.with_suffix(".failed.ipynb")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=output.parent, prefix=f".{output.stem}.", suffix=".ipynb")
-    os.close(handle)
+    try:
+        with files.whole(output) as scratch:
+            _execute(notebook, parameters, scratch, failed, log)
+    except files.FileError as error:
+        raise RunError(str(error)) from error
+    failed.unlink(missing_ok=True)
+
+
+def _execute(notebook, parameters: Mapping[str, object], scratch: Path, failed: Path, log) -> None:
     try:
         with _logged(log):
             papermill.execute_notebook(
-                str(notebook), scratch, parameters=dict(parameters), kernel_name="python3",
+                str(notebook), str(scratch), parameters=dict(parameters), kernel_name="python3",
                 progress_bar=False, log_output=True, start_timeout=600,  # the parent may be loading a large model
                 **({"kernel_manager_class": ForkedKernelManager} if os.environ.get("NB_KERNELS") else {}),
             )
@@ -88,20 +96,17 @@ def execute(
             title, _, rest = run.cells[0].source.partition("\n")
             run.cells[0].source = f"{title}: {Path(str(parameters['task'])).stem}\n{rest}".rstrip()
             nbformat.write(run, scratch)
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, output)
-        failed.unlink(missing_ok=True)
     except (PapermillExecutionError, DeadKernelError, RunError) as error:
-        os.chmod(scratch, 0o644)
         os.replace(scratch, failed)
         raise RunError(f"{_sentence(error)} (executed copy: {failed})") from error
-    finally:
-        Path(scratch).unlink(missing_ok=True)
 
 
 def _sentence(error: Exception) -> str:
     if isinstance(error, DeadKernelError):
-        return "The kernel died, most likely for want of memory: run it with fewer layers or more memory."
+        return (
+            "The kernel died: unless its workflow was killed, memory most likely ran out, so run it with fewer layers "
+            "or more memory."
+        )
     if isinstance(error, PapermillExecutionError):
         own = error.ename.rpartition(".")[2] in OWN_ERRORS
         message = " ".join(str(error.evalue).split())

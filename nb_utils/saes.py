@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nb_utils import files
 from nb_utils.models import EMBEDDED, TINY, Model
 
 SHIPPED = Path(__file__).resolve().parents[1] / "saes"
@@ -108,7 +109,7 @@ def load(model: Model, sae_set: str | Path, layer: int, allow_other_model: bool 
         raise SaeError(f"{str(sae_set)!r} has no residual-stream SAE for layer {layer}, only for {listed}.")
     source = catalogue[layer]
     if isinstance(source, Path):
-        sae, name, sha256 = _read_folder(source), source.name, _sha256(source / WEIGHTS)
+        sae, name, sha256 = _read_folder(source), source.name, files.sha256(source / WEIGHTS)
     else:
         sae, name, sha256 = _read_release(source), source, f"hub:{source}"
     ours = from_saelens(sae, name, str(sae_set), sha256, device=getattr(model, "device", "cpu"))
@@ -342,6 +343,11 @@ def _read_folder(folder: Path):
     architecture = config.get("architecture") or "standard"
     if architecture not in ARCHITECTURES:
         raise SaeError(_unknown_architecture(folder, architecture))
+    try:
+        files.check(folder)
+    except files.FileError as error:
+        advice = f"fetch or train the SAE again, or delete its {files.MANIFEST} if you changed it yourself"
+        raise SaeError(f"{error}: {advice}.") from error
     from sae_lens import SAE, TrainingSAE
 
     reader = TrainingSAE if architecture.endswith("batchtopk") else SAE  # BatchTopK exists in training only
@@ -392,11 +398,6 @@ def _residual(model: Model, text: str, layer: int) -> Float[Tensor, "tokens d_mo
     finally:
         handle.remove()
     return kept[0][0, 1:].float().cpu()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _unknown_architecture(where: object, architecture: object) -> str:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import platform
-import uuid
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +18,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nb_utils import sources, tasks
+from nb_utils import files, sources, tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = "results/tables"
@@ -28,6 +27,7 @@ PACKAGES = ("numpy", "sae-lens", "torch", "transformer-lens", "transformers")
 # What the provenance of a table holds.
 PARTS = ("code", "data_sha256", "inputs", "model_sha256", "parameters", "sae_sha256", "versions")
 PROVENANCE = b"provenance"
+SEAL, UNSEALED = b"sha256", b"unsealed".ljust(64, b".")  # the hash of the file as it is before the hash is put in
 
 # Columns that would come out differently from task to task (a column of NaN only, a column without NA).
 DTYPES = {
@@ -94,7 +94,7 @@ def fingerprint(
     digest = hashlib.sha256()
     for path in _paths(_place(stem, model, folder)):
         if task in (None, path.stem):
-            digest.update(json.dumps([path.stem, _read(path, None).to_pydict()]).encode())
+            digest.update(json.dumps([path.stem, _checked(path, pq.read_table).to_pydict()]).encode())
     return digest.hexdigest()
 
 
@@ -104,10 +104,9 @@ def save(
 ) -> Path:  # fmt: skip
     """Write one table whole or not at all, and return its path.
 
-    The provenance gains ``code``, the hash of what makes tables of this stem (see `nb_utils.sources`). The file is
-    written beside its place under a name of its own, then moved: a full disk or a kill leaves an older
-    table intact. Columns of `DTYPES` get these types; ``losses`` becomes a list of float32 a row, the columns
-    of `RECORDS` lists of records.
+    The provenance gains ``code``, the hash of what makes tables of this stem (see `nb_utils.sources`). A full disk or a
+    kill leaves an older table intact. The file carries its own hash, which `load` checks. Columns of `DTYPES` get these
+    types; ``losses`` becomes a list of float32 a row, the columns of `RECORDS` lists of records.
     ``folder``: a relative one is below the project root (None: that of NB_TABLES, or results/tables).
 
     Raises TableError if the table cannot be written.
@@ -123,25 +122,19 @@ def save(
     for column, kind in records.items():
         table = table.append_column(column, pa.array(frame[column].tolist(), kind))
     table = table.replace_schema_metadata(
-        {**(table.schema.metadata or {}), PROVENANCE: json.dumps(dict(provenance), sort_keys=True).encode()}
+        {
+            **(table.schema.metadata or {}),
+            PROVENANCE: json.dumps(dict(provenance), sort_keys=True).encode(),
+            SEAL: UNSEALED,
+        }
     )
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", compression_level=15)
+    data = sink.getvalue().to_pybytes()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with scratch.open("wb") as stream:
-                pq.write_table(table, stream, compression="zstd", compression_level=15)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
-    except OSError as error:
-        raise TableError(
-            f"{path} could not be written ({error.strerror or error}): make room or give another folder, "
-            "then run again; an older table is intact."
-        ) from error
-    return path
+        return files.write(path, data.replace(UNSEALED, hashlib.sha256(data).hexdigest().encode(), 1))
+    except files.FileError as error:
+        raise TableError(str(error)) from error
 
 
 def load(
@@ -159,7 +152,7 @@ def load(
             f"There are no tables of {stem} for {model} in {place.parent}: `make book` measures three tasks, "
             "`make report` all of them."
         )
-    frames = [_read(path, columns).to_pandas() for path in paths]
+    frames = [_read(path, columns) for path in paths]
     return pd.concat(frames, ignore_index=True)
 
 
@@ -179,7 +172,7 @@ def read_provenance(path: str | Path) -> dict[str, object]:
     Raises TableError if the file is missing, damaged or carries no provenance.
     """
     path = Path(path)
-    found = (_checked(pq.read_schema, path).metadata or {}).get(PROVENANCE)
+    found = (_checked(path, pq.read_schema).metadata or {}).get(PROVENANCE)
     if found is None:
         raise TableError(f"{path} carries no provenance: delete it, then run its experiment again.")
     return json.loads(found)
@@ -195,16 +188,20 @@ def _paths(place: Path) -> list[Path]:
     return sorted(place.glob("*.parquet"))
 
 
-def _read(path: Path, columns: Sequence[str] | None) -> pa.Table:
-    return _checked(lambda found: pq.read_table(found, columns=columns, partitioning=None), path)
+def _read(path: Path, columns: Sequence[str] | None) -> pd.DataFrame:
+    return _checked(path, lambda found: pq.read_table(found, columns=columns, partitioning=None).to_pandas())
 
 
-def _checked(reader, path: Path):
+def _checked(path: Path, reader):
     try:
-        return reader(path)
+        data = path.read_bytes()
+        found = (pq.read_metadata(pa.BufferReader(data)).metadata or {}).get(SEAL)  # tables of others have none
+        if found and hashlib.sha256(data.replace(found, UNSEALED, 1)).hexdigest().encode() != found:
+            raise pa.ArrowInvalid("its content does not match its hash")
+        return reader(pa.BufferReader(data))
     except FileNotFoundError:
         raise TableError(f"There is no table {path}: run its experiment (`make report` runs all).") from None
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:  # whatever its bytes bring about
         raise TableError(
             f"{path} is damaged ({' '.join(str(error).split())[:120]}): delete it, then run `make report` or "
             "take it from git again."

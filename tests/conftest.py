@@ -34,7 +34,7 @@ def built(tmp_path_factory):
             shutil.copy(ROOT / part, home / part)
     stub(home / RUN / "antonyms.ipynb", "Cleanup: antonyms")
     stub(home / RUN / "en_es.failed.ipynb", "Cleanup, failed")
-    stub(home / RUN / ".en_it.x7k2.ipynb", "Cleanup, killed")
+    stub(home / RUN / ".en_it.ipynb.part/en_it.ipynb", "Cleanup, killed")
     inside = {"cwd": home, "env": {**os.environ, "PYTHONPATH": str(home)}}
     subprocess.run([sys.executable, "-m", "workflow.feature_pages", "--limit", "2"], check=True, **inside)
     command = [Path(sys.executable).with_name("jupyter-book"), "build", home, "--all", "-W", "-n", "--keep-going"]

@@ -186,7 +186,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_tables(cache, tmp_path):
     said, environment = command(cache, tmp_path / "killed")
     running = subprocess.Popen(said, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     until = time.monotonic() + 120
-    while not list(cache.glob("evidence/*.safetensors")) and time.monotonic() < until:
+    while not list(cache.glob("evidence/*.checkpoint")) and time.monotonic() < until:
         time.sleep(0.01)
     os.kill(running.pid, signal.SIGKILL)
     running.wait()

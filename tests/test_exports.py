@@ -64,7 +64,7 @@ def test_a_failed_write_leaves_nothing_behind(exported, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exports.os, "rename", full)
+    monkeypatch.setattr(exports.files.os, "rename", full)
     with pytest.raises(ExportError, match="No space left"):
         exports.save(exported, tmp_path / "vector")
     assert list(tmp_path.iterdir()) == []

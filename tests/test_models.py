@@ -171,7 +171,7 @@ def test_a_package_that_does_not_match_its_pinned_hash_is_refused_and_leaves_not
     monkeypatch.setitem(models.EMBEDDED, "toy", entry("0" * 64))
     message = refused(models.load, "toy")
     assert "toy==1.0" in message and "reinstall" in message
-    assert not list(toy.parent.glob("[!.]*")) and not list(toy.parent.glob(".toy.*.part"))
+    assert not list(toy.parent.glob("[!.]*")) and not list(toy.parent.glob(".toy.*"))
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(toy, monkeypatch):
@@ -184,7 +184,7 @@ def test_no_room_on_the_disk_is_said_before_anything_is_written(toy, monkeypatch
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1.2e9))
     message = refused(models.load, "toy")
     assert "3 GB" in message and "1.2 GB" in message and "NB_CACHE" in message
-    assert not list(toy.parent.glob("[!.]*")) and not list(toy.parent.glob(".toy.*.part"))
+    assert not list(toy.parent.glob("[!.]*")) and not list(toy.parent.glob(".toy.*"))
 
 
 def test_a_conversion_that_fails_leaves_nothing_and_the_next_one_succeeds(toy, monkeypatch):
@@ -196,7 +196,7 @@ def test_a_conversion_that_fails_leaves_nothing_and_the_next_one_succeeds(toy, m
         patch.setattr("transformers.PreTrainedModel.save_pretrained", fail)
         with pytest.raises(KeyboardInterrupt):
             models.load("toy")
-    assert not list(toy.parent.glob("[!.]*")) and not list(toy.parent.glob(".toy.*.part"))
+    assert not list(toy.parent.glob("[!.]*")) and not list(toy.parent.glob(".toy.*"))
     assert models.load("toy").n_layers == 2
 
 
@@ -215,9 +215,9 @@ def test_a_killed_conversion_leaves_no_model_and_the_next_one_succeeds(toy, shel
     """
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, capture_output=True, timeout=600)
     assert run.returncode == -9, run.stderr.decode()
-    assert list(toy.parent.glob(".toy.*/model.safetensors")) and not toy.exists()
+    assert list(toy.parent.glob(".toy.*/toy/model.safetensors")) and not toy.exists()
     assert models.load("toy").n_layers == 2
-    assert not list(toy.parent.glob(".toy.*.part")), "what the killed one left takes room for good"
+    assert not list(toy.parent.glob(".toy.*")), "what the killed one left takes room for good"
 
 
 def test_two_runs_at_once_convert_once(toy, monkeypatch):

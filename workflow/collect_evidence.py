@@ -8,7 +8,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -19,15 +18,16 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import safetensors.torch
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from nb_utils import models, saes, tables
+from nb_utils import files, models, saes, tables
 from nb_utils.models import Model, cache_dir
 from nb_utils.saes import Sae
+from workflow import build_corpus
 from workflow.train_saes import CONTEXT, harvest
 
 WIDTH = CONTEXT - 1  # tokens of a sequence without BOS
@@ -121,8 +121,8 @@ def collect(model: Model, loaded: list[Sae], text: Text, checkpoint: Path, every
     are the tallies, killed or not.
     """
     tallies, done = {sae.layer: Tally.empty(sae.d_sae) for sae in loaded}, 0
-    if checkpoint.exists():
-        state = load_file(checkpoint)
+    if stored := files.unsealed(checkpoint):
+        state = safetensors.torch.load(stored)
         done = int(state["done"])
         tallies = {layer: Tally(*(state[f"{layer}.{key}"] for key in Tally.__annotations__)) for layer in tallies}
     saved = time.monotonic()
@@ -145,10 +145,7 @@ def collect(model: Model, loaded: list[Sae], text: Text, checkpoint: Path, every
 
 def _store(checkpoint: Path, tallies: dict[int, Tally], done: int) -> None:
     state = {f"{layer}.{key}": value for layer, tally in tallies.items() for key, value in vars(tally).items()}
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    scratch = checkpoint.with_suffix(f".{os.getpid()}.part")
-    save_file(state | {"done": torch.tensor(done)}, scratch)
-    os.replace(scratch, checkpoint)
+    files.seal(checkpoint, safetensors.torch.save(state | {"done": torch.tensor(done)}))
 
 
 @torch.no_grad()
@@ -181,14 +178,12 @@ def logit_lens(model: Model, directions: Float[Tensor, "n d_model"], block: int 
 def lens(model: Model, sae: Sae, cache: Path) -> tuple[list, list]:
     """Return `logit_lens` of all latents of an SAE, kept in a file of ``cache``: it takes half a minute."""
     key = json.dumps([model.sha256, sae.sha256, str(model.dtype), PROMOTED])
-    path = cache / f"lens.{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
-    if not path.exists():
-        found = logit_lens(model, sae.decoder_directions)
-        scratch = path.with_suffix(f".{os.getpid()}.part")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps(found))
-        os.replace(scratch, path)
-    up, down = json.loads(path.read_text())
+    path = cache / f"lens.{hashlib.sha256(key.encode()).hexdigest()[:12]}.cached"
+    stored = files.unsealed(path)
+    if stored is None:
+        stored = json.dumps(logit_lens(model, sae.decoder_directions)).encode()
+        files.seal(path, stored)
+    up, down = json.loads(stored)
     return up, down
 
 
@@ -246,31 +241,34 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="folder of tables (default: results/tables)")
     parser.add_argument("--checkpoint-seconds", type=float, default=60)
     args = parser.parse_args(argv)
-    corpus = cache_dir() / "corpus/documents.parquet"
-    if not corpus.exists():
-        raise SystemExit("There is no corpus yet: run `python -m workflow.build_corpus` first.")
     try:
-        model = models.load(args.model).fast()
-        asked = [int(layer) for layer in args.layers.split(",")] if args.layers else saes.layers(model, args.sae_set)
-        loaded = [saes.load(model, args.sae_set, layer) for layer in asked]
-        documents = pd.read_parquet(corpus)
-        text = showable(documents, model.tokenizer, int(args.tokens))
+        write(args)
     except ValueError as error:
         raise SystemExit(str(error)) from error
+
+
+def write(args: argparse.Namespace) -> None:
+    """Collect the evidence for all layers asked for and write their tables."""
+    corpus = build_corpus.read(cache_dir() / "corpus")
+    model = models.load(args.model).fast()
+    asked = [int(layer) for layer in args.layers.split(",")] if args.layers else saes.layers(model, args.sae_set)
+    loaded = [saes.load(model, args.sae_set, layer) for layer in asked]
+    text = showable(corpus.documents, model.tokenizer, int(args.tokens))
     del model.hf.model.layers[max(sae.layer for sae in loaded) + 1 :]
     parameters = {
         "n_tokens": len(text.rows) * WIDTH, "context": CONTEXT, "dtype": str(model.dtype),
-        "corpus_sha256": hashlib.sha256("\0".join(documents["text"]).encode()).hexdigest(),
+        "corpus_sha256": corpus.sha256,
     }  # fmt: skip
     hashes = {sae.layer: sae.sha256 for sae in loaded}
     key = json.dumps([parameters, model.sha256, hashes, EXAMPLES, SEQUENCES])
-    name = f"{args.model.replace('/', '--')}.{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
+    name = f"{args.model.replace('/', '--')}.{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     cache = cache_dir() / "evidence"
-    tallies = collect(model, loaded, text, cache / name, args.checkpoint_seconds)
-    for sae in loaded:
-        origin = tables.provenance(parameters, model.sha256, {sae.layer: sae.sha256})
-        made = frame(model, sae, text, tallies[sae.layer], cache)
-        print(tables.save(made, STEM, f"blocks.{sae.layer}", origin, args.out, args.model), flush=True)
+    with files.alone(cache / name):  # a second process waits, and finds it done or goes on
+        tallies = collect(model, loaded, text, cache / f"{name}.checkpoint", args.checkpoint_seconds)
+        for sae in loaded:
+            origin = tables.provenance(parameters, model.sha256, {sae.layer: sae.sha256})
+            made = frame(model, sae, text, tallies[sae.layer], cache)
+            print(tables.save(made, STEM, f"blocks.{sae.layer}", origin, args.out, args.model), flush=True)
 
 
 if __name__ == "__main__":

@@ -134,6 +134,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", default=tables.MODEL)
     parser.add_argument("--tables", default=None, help="folder of the tables (default: the book's)")
     args = parser.parse_args(argv)
+    try:
+        write(args)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+
+
+def write(args: argparse.Namespace) -> None:
+    """Compute the three tables and save them."""
     lm = models.load(args.model)
     splits = {task: tasks.split(tasks.load(task)) for task in TASKS}
     dictionaries = {layer: saes.load(lm, "shipped", layer) for layer in LAYERS}

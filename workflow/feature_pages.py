@@ -5,12 +5,11 @@ Run as ``python -m workflow.feature_pages``, before the book is built. The pages
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from nb_utils import evidence, plots, tables
+from nb_utils import evidence, files, plots, tables
 from nb_utils.evidence import Feature
 
 FOLDER = tables.ROOT / "book/features"
@@ -109,12 +108,9 @@ def _sources(sources: Sequence[dict]) -> list[list[str]]:
 def write(features: Sequence[Feature], sources: Sequence[dict], folder: Path = FOLDER) -> int:
     """Write all pages, remove those of features that are no longer there, and return how many pages there are."""
     pages = {f"{feature.name}.md": page(feature) for feature in features} | {"index.md": index(features, sources)}
-    folder.mkdir(parents=True, exist_ok=True)
     for name, text in pages.items():
-        if not (folder / name).exists() or (folder / name).read_text() != text:
-            scratch = folder / f".{name}.part"
-            scratch.write_text(text)
-            os.replace(scratch, folder / name)
+        if not (folder / name).exists() or (folder / name).read_bytes() != text.encode():
+            files.write(folder / name, text.encode())
     for old in folder.glob("*.md"):
         if old.name not in pages:
             old.unlink()
@@ -128,13 +124,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         features = evidence.load(args.model)
+        if args.limit is not None:
+            of_block = {layer: [f for f in features if f.layer == layer] for layer in {f.layer for f in features}}
+            features = [f for f in features if f in of_block[f.layer][: args.limit]]
+        sources = json.loads(CORPUS.read_text())["sources"] if CORPUS.exists() else []
+        print(f"{write(features, sources)} feature pages in {FOLDER.relative_to(tables.ROOT)}.")
     except ValueError as error:
         raise SystemExit(str(error)) from error
-    if args.limit is not None:
-        of_block = {layer: [f for f in features if f.layer == layer] for layer in {f.layer for f in features}}
-        features = [f for f in features if f in of_block[f.layer][: args.limit]]
-    sources = json.loads(CORPUS.read_text())["sources"] if CORPUS.exists() else []
-    print(f"{write(features, sources)} feature pages in {FOLDER.relative_to(tables.ROOT)}.")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,8 @@ BOS is left out everywhere.
 """
 
 import argparse
-import hashlib
 import json
 import math
-import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +17,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nb_utils import models, saes, tables
+from nb_utils import files, models, saes, tables
 from nb_utils.models import EMBEDDED, Model, cache_dir
 from nb_utils.saes import Sae
+from workflow import build_corpus
 from workflow.train_saes import CONTEXT, harvest, token_stream
 
 # What the project set out to reach: (column of the table, what it is, bound, whether it is an upper one).
@@ -246,14 +245,6 @@ def card(row: dict, config: dict) -> str:
     return "\n".join(lines)
 
 
-def write(path: Path, save) -> None:
-    """Write a file whole or not at all: ``save`` gets a scratch path beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.part")
-    save(scratch)
-    os.replace(scratch, path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="gemma-3-270m")
@@ -262,28 +253,25 @@ def main() -> None:
     parser.add_argument("--ce-tokens", type=int, default=16_384, help="for the loss with the SAE spliced in")
     parser.add_argument("--out", type=Path, help="folder of tables (default: results/tables)")
     args = parser.parse_args()
-    corpus = cache_dir() / "corpus"
-    if not (corpus / "documents.parquet").exists():
-        raise SystemExit("There is no corpus yet: run `python -m workflow.build_corpus` first.")
     folder = args.folder or saes.SHIPPED / args.model
     try:
+        corpus = build_corpus.read(cache_dir() / "corpus")
         model = models.load(args.model, dtype=models.fast_dtype(torch.device("cpu")))
         loaded = [saes.load(model, folder, layer) for layer in saes.layers(model, folder)]
-        stream = token_stream(model.tokenizer, "heldout", corpus)
+        stream = token_stream(model, "heldout", corpus)
         rows = windows(stream, math.ceil(args.tokens / (CONTEXT - 1)), model.tokenizer.bos_token_id)
         n_ce = min(len(rows), math.ceil(args.ce_tokens / (CONTEXT - 2)))
+        ce_rows = rows[torch.linspace(0, len(rows) - 1, n_ce).long()]
+        table = measure(model, loaded, rows, ce_rows)
+        parameters = {"tokens": args.tokens, "ce_tokens": args.ce_tokens, "context": CONTEXT, "dtype": str(model.dtype)}
+        parameters["corpus_sha256"] = corpus.sha256
+        origin = tables.provenance(parameters, model.sha256, {sae.layer: sae.sha256 for sae in loaded})
+        saved = tables.save(table, "saes", "quality", origin, args.out, args.model)
+        for row, sae in zip(table.to_dict("records"), loaded, strict=True):
+            place = folder if (folder / saes.CONFIG).exists() else folder / sae.name
+            files.write(place / "README.md", card(row, json.loads((place / saes.CONFIG).read_text())).encode())
     except ValueError as error:
         raise SystemExit(str(error)) from error
-    ce_rows = rows[torch.linspace(0, len(rows) - 1, n_ce).long()]
-    table = measure(model, loaded, rows, ce_rows)
-    parameters = {"tokens": args.tokens, "ce_tokens": args.ce_tokens, "context": CONTEXT, "dtype": str(model.dtype)}
-    parameters["corpus_sha256"] = hashlib.sha256((corpus / "documents.parquet").read_bytes()).hexdigest()
-    origin = tables.provenance(parameters, model.sha256, {sae.layer: sae.sha256 for sae in loaded})
-    saved = tables.save(table, "saes", "quality", origin, args.out, args.model)
-    for row, sae in zip(table.to_dict("records"), loaded, strict=True):
-        place = folder if (folder / saes.CONFIG).exists() else folder / sae.name
-        config = json.loads((place / saes.CONFIG).read_text())
-        write(place / "README.md", lambda path, row=row, config=config: path.write_text(card(row, config)))
     shown = ["layer", *(column for column, *_ in TARGETS), "fvu_token_median", "ce_delta"]
     print(table[shown].to_string(index=False))
     print(f"Table: {saved}; a README.md beside each SAE in {folder}.")

@@ -10,20 +10,22 @@ processor has no matrix units). Configuration, folding and file format stay SAEL
 """
 
 import argparse
+import hashlib
 import json
 import math
-import os
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
 
-from nb_utils import models
+from nb_utils import files, models
 from nb_utils.models import cache_dir
+from nb_utils.saes import CONFIG, WEIGHTS
+from workflow import build_corpus
 
 CONTEXT = 128  # tokens of a training sequence, BOS included
 CHUNK = 512  # sequences harvested, shuffled and learned at a time: 65,536 tokens
@@ -127,20 +129,21 @@ class Sae:
         }
 
 
-def token_stream(tokenizer, split, folder):
+def token_stream(model, split, corpus):
     """Return the token ids of a split of the corpus [n], tokenised once into a cached file."""
-    target = folder / f"{split}.{len(tokenizer)}.npy"
-    if not target.exists():
-        documents = pd.read_parquet(folder / "documents.parquet", columns=["split", "text"])
-        texts = documents.loc[documents.split == split, "text"].tolist()
+    key = hashlib.sha256(f"{corpus.sha256} {model.sha256}".encode()).hexdigest()[:12]
+    target = cache_dir() / "corpus" / f"{split}.{key}.tokens"
+    stored = files.unsealed(target)
+    if stored is None:
+        documents = corpus.documents
+        texts = documents.loc[documents["split"] == split, "text"].tolist()
         pieces = []
         for start in range(0, len(texts), 1000):
-            batch = tokenizer([text + "\n\n" for text in texts[start : start + 1000]], add_special_tokens=False)
+            batch = model.tokenizer([text + "\n\n" for text in texts[start : start + 1000]], add_special_tokens=False)
             pieces += [np.asarray(ids, dtype=np.int32) for ids in batch.input_ids]
-        scratch = target.with_suffix(".part.npy")
-        np.save(scratch, np.concatenate(pieces))
-        os.replace(scratch, target)
-    return np.load(target, mmap_mode="r")
+        stored = np.concatenate(pieces).tobytes()
+        files.seal(target, stored)
+    return np.frombuffer(stored, dtype=np.int32)
 
 
 def icl_prompts(tokenizer, rng, count):
@@ -192,13 +195,13 @@ def harvest(hf, ids, layers):
 
 
 def save(saes, args, tokens, model, corpus_sha256):
-    """Write one SAELens folder per layer, each whole or not at all."""
+    """Write one SAELens folder per layer, with a manifest by which half of a new SAE and half of an old one is known.
+    """
     from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, __version__
 
     for layer, sae in saes.items():
         hook = f"blocks.{layer}.hook_resid_post"
-        target = Path(args.out) / args.model / hook
-        scratch = target.with_name(f".{hook}.part")
+        target = Path(args.out) / args.model.rstrip("/").rsplit("/", 1)[-1] / hook
         d_sae, d_in = sae.encoder.shape
         trained = BatchTopKTrainingSAE(
             BatchTopKTrainingSAEConfig(
@@ -217,54 +220,48 @@ def save(saes, args, tokens, model, corpus_sha256):
         meta.sae_lens_version = meta.sae_lens_training_version = __version__
         meta.training_tokens, meta.context_size, meta.prepend_bos = tokens, CONTEXT, True
         meta.model_sha256, meta.corpus_sha256, meta.icl_share = model.sha256, corpus_sha256, args.icl_share
-        scratch.mkdir(parents=True, exist_ok=True)
-        trained.save_inference_model(scratch)
-        weights = load_file(scratch / "sae_weights.safetensors")
+        with tempfile.TemporaryDirectory() as scratch:
+            trained.save_inference_model(scratch)
+            weights = safetensors.torch.load_file(Path(scratch, WEIGHTS))
+            config = Path(scratch, CONFIG).read_bytes()
         # Directions keep 11 bits, which moves FVU by less than 1e-4; biases and thresholds are large and stay fp32.
-        save_file(
-            {name: w.half() if name.startswith("W_") else w.float() for name, w in weights.items()},
-            scratch / "sae_weights.safetensors",
-        )
-        if target.exists():
-            for old in ("cfg.json", "sae_weights.safetensors"):
-                os.replace(scratch / old, target / old)
-            scratch.rmdir()
-        else:
-            os.rename(scratch, target)
+        weights = {name: w.half() if name.startswith("W_") else w.float() for name, w in weights.items()}
+        files.write(target / WEIGHTS, safetensors.torch.save(weights))
+        files.write(target / CONFIG, config)
+        files.describe(target, [CONFIG, WEIGHTS])
         print(f"saved {target}", flush=True)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="gemma-3-270m")
-    parser.add_argument("--layers", default="4,6,8,9,10,11,12,14")
-    parser.add_argument("--d-sae", type=int, default=4096)
-    parser.add_argument("--k", type=int, default=46, help="mean number of active latents")
-    parser.add_argument("--tokens", type=float, default=2.8e6)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--icl-share", type=float, default=0.05, help="share of x -> y prompts, from --icl-from on")
-    parser.add_argument("--icl-from", type=float, default=0.25, help="part of the training after which they come in")
-    parser.add_argument("--checkpoint-minutes", type=float, default=3)
-    parser.add_argument("--out", default="saes")
-    args = parser.parse_args()
+def train(args):
+    """Train, going on from the checkpoint of these settings if there is one, and save the SAEs."""
     layers = [int(layer) for layer in args.layers.split(",")]
-
-    corpus = cache_dir() / "corpus"
-    if not (corpus / "documents.parquet").exists():
-        raise SystemExit("There is no corpus yet: run `python -m workflow.build_corpus` first.")
+    corpus = build_corpus.read(cache_dir() / "corpus")
     model = models.load(args.model, dtype=DTYPE)
     del model.hf.model.layers[max(layers) + 1 :]
-    stream = token_stream(model.tokenizer, "train", corpus)
-    n_chunks = math.ceil(args.tokens / CHUNK / (CONTEXT - 1))
+    settings = [args.d_sae, args.k, args.tokens, args.lr, args.icl_share, args.icl_from]
+    settings += [model.sha256, corpus.sha256, layers, str(DTYPE)]
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    checkpoint = cache_dir() / "training" / f"{args.model.replace('/', '--')}.{key}.checkpoint"
+    with files.alone(checkpoint.with_suffix(".training")):  # a second process waits, and finds it done or goes on
+        stream = token_stream(model, "train", corpus)
+        saes = learn(args, layers, model, stream, checkpoint)
+        save(saes, args, chunks(args) * CHUNK * (CONTEXT - 1), model, corpus.sha256)
+
+
+def chunks(args):
+    """Return into how many chunks the tokens fall."""
+    return math.ceil(args.tokens / CHUNK / (CONTEXT - 1))
+
+
+def learn(args, layers, model, stream, checkpoint):
+    """Return {layer: Sae} after all chunks; the checkpoint is written every few minutes, and at the end."""
+    n_chunks = chunks(args)
     steps_a_chunk = CHUNK * (CONTEXT - 1) // BATCH
     chunk = CHUNK * (CONTEXT - 1)  # BOS is not trained on
     print(f"{len(stream):,} tokens of text; {n_chunks} chunks of {chunk:,}; layers {layers}", flush=True)
-
-    checkpoint = cache_dir() / "training" / f"{args.model}.{args.d_sae}.{'-'.join(map(str, layers))}.safetensors"
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
     saes, done = {}, 0
-    if checkpoint.exists():
-        state = load_file(checkpoint)
+    if stored := files.unsealed(checkpoint):
+        state = safetensors.torch.load(stored)
         done = int(state["done"])
         saes = {
             layer: Sae.of({k.removeprefix(f"{layer}."): v for k, v in state.items() if k.startswith(f"{layer}.")})
@@ -295,11 +292,27 @@ def main():
         print(f"{index + 1}/{n_chunks} {pace} FVU/dead {' '.join(report)}", flush=True)
         if time.time() - saved > 60 * args.checkpoint_minutes or index + 1 == n_chunks:
             state = {f"{layer}.{key}": value for layer, sae in saes.items() for key, value in sae.state().items()}
-            save_file(state | {"done": torch.tensor(index + 1)}, checkpoint.with_suffix(".part"))
-            os.replace(checkpoint.with_suffix(".part"), checkpoint)
+            files.seal(checkpoint, safetensors.torch.save(state | {"done": torch.tensor(index + 1)}))
             saved = time.time()
-    corpus_sha256 = json.loads(Path("saes/corpus.json").read_text()).get("sha256", "")
-    save(saes, args, n_chunks * CHUNK * (CONTEXT - 1), model, corpus_sha256)
+    return saes
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="gemma-3-270m")
+    parser.add_argument("--layers", default="4,6,8,9,10,11,12,14")
+    parser.add_argument("--d-sae", type=int, default=4096)
+    parser.add_argument("--k", type=int, default=46, help="mean number of active latents")
+    parser.add_argument("--tokens", type=float, default=2.8e6)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--icl-share", type=float, default=0.05, help="share of x -> y prompts, from --icl-from on")
+    parser.add_argument("--icl-from", type=float, default=0.25, help="part of the training after which they come in")
+    parser.add_argument("--checkpoint-minutes", type=float, default=3)
+    parser.add_argument("--out", default="saes")
+    try:
+        train(parser.parse_args(argv))
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
 
 
 if __name__ == "__main__":
