@@ -189,6 +189,12 @@ class Book:
         found = found.assign(gain=metrics.steering_gain(found)).fillna({"gain": 0})
         return found.pivot(index="latent", columns="task", values="gain")
 
+    # Experiment 08
+
+    def side_effect(self, method: str, on: str, column: str, **equal: object) -> pd.Series:
+        """Return one number a task of what a vector does on some prompts or text, over its seeds."""
+        return rows(self.table("08_side_effects"), method=method, on=on, **equal).groupby("task")[column].mean()
+
 
 # 01 Reconstruction
 
@@ -441,3 +447,28 @@ def one_feature_per_task(book: Book) -> Comparison:
 def english_shares_a_feature(book: Book) -> Comparison:
     english = book.gain.filter(regex="^en_")
     return over_tasks(english.loc[english.min(axis=1).idxmax()])
+
+
+# 08 Side effects
+
+
+@number
+def wrong_vectors_do_less(book: Book) -> Comparison:
+    frame = book.table("08_side_effects")
+    pruned = rows(frame, method="prune_contrast", k=book.k)
+    grid = metrics.crossed(pd.concat([pruned, rows(frame, method="zero_shot")]))
+    square = grid[grid.index]
+    own = pd.Series({task: square.loc[task, task] for task in square})
+    return over_tasks(own - (square.sum() - own) / (len(square) - 1))
+
+
+@number
+def relation_matters(book: Book) -> Comparison:
+    true = book.side_effect("centred_best_scale", "test", "rel_loss")
+    return over_tasks(true - book.side_effect("shuffled_labels", "test", "rel_loss"))
+
+
+@number
+def pruning_is_gentler_in_text(book: Book) -> Comparison:
+    pruned = book.side_effect("prune_contrast", "separator", "d_ntp", k=book.k)
+    return over_tasks(pruned - book.side_effect("clean", "separator", "d_ntp"))

@@ -32,8 +32,8 @@ from pathlib import Path
 MODULES = (
     "IPython", "ipykernel.ipkernel", "ipykernel.kernelapp", "numpy", "pandas", "pyarrow.parquet", "sae_lens", "seaborn",
     "torch", "transformers", "nb_utils.cleaning", "nb_utils.dictionary", "nb_utils.engine", "nb_utils.measurements",
-    "nb_utils.metrics", "nb_utils.models", "nb_utils.plots", "nb_utils.prompts", "nb_utils.saes", "nb_utils.tables",
-    "nb_utils.tasks", "nb_utils.vectors",
+    "nb_utils.metrics", "nb_utils.models", "nb_utils.passages", "nb_utils.plots", "nb_utils.prompts", "nb_utils.saes",
+    "nb_utils.tables", "nb_utils.tasks", "nb_utils.vectors",
 )  # fmt: skip
 
 

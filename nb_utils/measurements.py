@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nb_utils.engine import Scores, Site
+from nb_utils.engine import Scores, Site, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ def _measures(scores: Scores, i: int, zero_shot: float) -> dict:
 
 def best_scale(
     site: Site, layer: int, vector: Float[Tensor, " d_model"], mode: str = "add",
-    scales=(0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0),
+    scales=(0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0), vocabulary: Vocabulary | None = None,
 ) -> float:
-    """Return the scale of ``vector`` with the lowest loss on the (validation) site."""
+    """Return the scale of ``vector`` with the lowest loss on the (validation) site, over ``vocabulary`` if given."""
     tried = torch.tensor(scales, device=vector.device)
     with torch.no_grad():
-        return float(tried[site.loss(tried[:, None] * vector, layer, mode).argmin()])
+        return float(tried[site.loss(tried[:, None] * vector, layer, mode, vocabulary).argmin()])

@@ -232,6 +232,21 @@ def block_order(gain: pd.DataFrame) -> tuple[list, list]:
     return [ordered.index[i] for i in rank], columns
 
 
+def crossed(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the relative loss change of every task's vector (rows) on every task's prompts (columns).
+
+    ``frame``: rows of experiment 08, of one vector a task, and the zero_shot rows. On the diagonal a vector is at
+    home, on as many prompts as it is tested on elsewhere.
+    """
+    steered = frame[frame["layer"] >= 0]
+    away, home = rows(steered, on="other"), rows(steered, on="test")
+    zero = rows(frame, on="test", method="zero_shot").set_index("task")["losses"]
+    grid, n = away.pivot(index="task", columns="tested", values="rel_loss"), away["n"].max()
+    for task, losses in zip(home["task"], home["losses"], strict=True):
+        grid.loc[task, task] = np.mean(losses[:n]) / np.mean(zero[task][:n]) - 1
+    return grid
+
+
 def best_layer(frame: pd.DataFrame, column: str = "validation_loss") -> int:
     """Return the layer with the lowest mean of ``column`` over tasks, of those that have the most tasks."""
     steered = frame[frame["layer"] >= 0]

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import TwoSlopeNorm
+from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
@@ -44,6 +44,7 @@ COLORS = {
     "top_k_projection": "#8A7F96",
     "random_support": "#A9A9A9",
     "matched_random": "#C2BCB0",
+    "shuffled_labels": "#7A6F5D",
 }
 LABELS = {
     "zero_shot": "zero-shot",
@@ -65,7 +66,12 @@ LABELS = {
     "top_k_projection": "top-k projection",
     "random_support": "random atoms",
     "matched_random": "random vector",
+    "shuffled_labels": "shuffled answers",
 }
+# How a prompt of each template reads, in one line.
+TEMPLATES = {
+    "arrow": "x -> y", "colon": "x: y", "equals": "x = y", "question": "Q: x ⏎ A: y", "instruction": "line ⏎ x -> y",
+}  # fmt: skip
 STYLES = {"add": "-", "replace": (0, (5, 2)), "none": (0, (1, 1.5))}
 UNITS = {"loss": "loss (nats, first 2 answer tokens)", "rel_loss": "loss, change from zero-shot"}
 GREW, SHRANK = COLORS["clean"], "#C8102E"
@@ -265,24 +271,80 @@ def layer_grids(
 
     ``grids``: {method: frame of numbers, index and columns are layers}; all share the scale from 0 to ``largest``.
     """
-    n = len(grids)
-    fig, axes = plt.subplots(1, n, figsize=(0.6 + 1.85 * n, 2.5), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(grids), figsize=(0.6 + 1.85 * len(grids), 2.5), sharey=True, squeeze=False)
     for ax, (method, grid) in zip(axes[0], grids.items(), strict=True):
-        ax.imshow(grid, cmap="cividis", vmin=0, vmax=largest, aspect="auto")
-        for (i, j), number in np.ndenumerate(grid.to_numpy(float)):
-            if np.isfinite(number):
-                color = INK if number > 0.6 * largest else "white"
-                ax.text(j, i, form.format(number), ha="center", va="center", fontsize=7.5, color=color)
+        for number, written in _heat_map(ax, grid, "cividis", Normalize(0, largest), form.format):
+            written.set(color=INK if number > 0.6 * largest else "white", fontsize=7.5)
         ax.set_title(label(method), fontsize=8.5)
-        ax.set_xticks(range(grid.shape[1]), grid.columns)
-        ax.set_yticks(range(grid.shape[0]), grid.index)
-        ax.tick_params(length=0)
-        ax.grid(False)
-        ax.spines[:].set_visible(False)
     axes[0, 0].set_ylabel("added after block")
     fig.supxlabel("read after block", fontsize=9)
     fig.suptitle(title, fontsize=10.5, weight="bold", x=0.01, ha="left")
     return fig
+
+
+def template_grids(grids: Mapping[str, pd.DataFrame], title: str = "") -> Figure:
+    """Draw one small heat map of relative loss changes per method: made on the row's template, tested on the column's.
+
+    ``grids``: {method: frame, index and columns are names of templates}; blue is below zero-shot, the scale is shared.
+    """
+    bound = max(np.nanmax([np.abs(grid.clip(upper=1)).to_numpy() for grid in grids.values()]), 0.1)
+    fig, axes = plt.subplots(1, len(grids), figsize=(1.2 + 2.2 * len(grids), 3.3), sharey=True, squeeze=False)
+    for ax, (method, grid) in zip(axes[0], grids.items(), strict=True):
+        for number, written in _heat_map(ax, grid, "RdBu_r", TwoSlopeNorm(0, -bound, bound), _signed):
+            written.set_color("white" if abs(number) > 0.62 * bound else INK)
+        ax.set_title(label(method), fontsize=9)
+        ax.set_xticks(range(len(grid.columns)), [TEMPLATES.get(name, name) for name in grid.columns], rotation=90)
+    axes[0, 0].set_yticks(range(len(grid)), [TEMPLATES.get(name, name) for name in grid.index])
+    axes[0, 0].set_ylabel("made on")
+    fig.supxlabel("tested on", fontsize=9)
+    fig.suptitle(title, fontsize=10.5, weight="bold", x=0.01, ha="left")
+    return fig
+
+
+def task_matrix(grid: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Draw relative loss changes of every task's vector (rows) on every task's prompts (columns), clipped at ±1.
+
+    Blue is below zero-shot; the frame's order of rows and columns is kept.
+    """
+    ax = ax or plt.subplots(figsize=(7.6, 7.0))[1]
+    _heat_map(ax, grid, "RdBu_r", TwoSlopeNorm(0, -1, 1))
+    ax.figure.colorbar(ax.images[0], ax=ax, shrink=0.6, aspect=30, label=UNITS["rel_loss"])
+    ax.set_xticks(range(grid.shape[1]), [title(task) for task in grid.columns], rotation=90, fontsize=7.5)
+    ax.set_yticks(range(grid.shape[0]), [title(task) for task in grid.index], fontsize=7.5)
+    ax.set(xlabel="prompts of", ylabel="vector of")
+    return ax
+
+
+def method_points(frame: pd.DataFrame, xlabel: str, ax: Axes | None = None) -> Axes:
+    """Draw one point per method (and k), in the order of the frame, with its interval; a line marks 0.
+
+    ``frame``: columns method, mean, and where known k, low, high.
+    """
+    ax = ax or plt.subplots(figsize=(5.2, 0.9 + 0.28 * len(frame)))[1]
+    frame = frame.assign(k=frame["k"] if "k" in frame else pd.NA)
+    for y, row in enumerate(frame.itertuples()):
+        if {"low", "high"} <= set(frame):
+            ax.hlines(y, row.low, row.high, color=_color(row.method), lw=2.2)
+        ax.plot(row.mean, y, "o", color=_color(row.method), ms=6.5, mec="white", mew=0.7)
+    ax.axvline(0, color=INK, lw=0.8, zorder=1)
+    ax.set_yticks(range(len(frame)), [label(m, k) for m, k in zip(frame["method"], frame["k"], strict=True)])
+    ax.set(xlabel=xlabel, ylim=(len(frame) - 0.4, -0.6))
+    ax.grid(axis="x")
+    ax.grid(visible=False, axis="y")
+    return ax
+
+
+def _heat_map(ax: Axes, grid: pd.DataFrame, cmap: str, norm: Normalize, form=None) -> list[tuple]:
+    """Draw a frame as a heat map without frame and ticks; return (number, its text) of every cell if ``form`` is given.
+    """
+    ax.imshow(grid.to_numpy(float), cmap=cmap, norm=norm, aspect="auto")
+    cells = [(i, j, number) for (i, j), number in np.ndenumerate(grid.to_numpy(float)) if form and np.isfinite(number)]
+    ax.set_xticks(range(grid.shape[1]), grid.columns)
+    ax.set_yticks(range(grid.shape[0]), grid.index)
+    ax.tick_params(length=0)
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    return [(n, ax.text(j, i, form(n), ha="center", va="center", fontsize=8)) for i, j, n in cells]
 
 
 def steering_heatmaps(raw: pd.DataFrame, gain: pd.DataFrame, in_raw: pd.DataFrame, in_clean: pd.DataFrame) -> Figure:

@@ -8,13 +8,22 @@ from nb_utils.tasks import Pair
 
 @dataclass(frozen=True)
 class Template:
-    """How a pair is written: ``x`` + separator + `` y``, pairs joined by ``between``."""
+    """How a prompt is written: ``opening``, then pairs as ``before`` + ``x`` + ``separator`` + `` y``.
+
+    ``between`` joins the pairs.
+    """
 
     separator: str = " ->"
     between: str = "\n"
+    before: str = ""
+    opening: str = ""
 
 
 ARROW = Template()
+TEMPLATES = {
+    "arrow": ARROW, "colon": Template(":"), "equals": Template(" ="), "question": Template("\nA:", before="Q: "),
+    "instruction": Template(opening="Complete the list.\n"),
+}  # fmt: skip
 DUMMY = Pair("X", "Y", ("Y",))  # the shot that says nothing of the task, on whose "Y" detectors are tested (the post)
 
 
@@ -41,7 +50,7 @@ def encode(tokenizer, shots, query, template: Template = ARROW) -> Prompt:
     """
     text, separator_ends, output_ends = "", [], []
     for pair in (*shots, query):
-        text += f"{template.between if text else ''}{pair.x}{template.separator}"
+        text += f"{template.between if text else template.opening}{template.before}{pair.x}{template.separator}"
         separator_ends.append(len(text))
         text += f" {pair.y}"
         output_ends.append(len(text))

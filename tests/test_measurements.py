@@ -152,3 +152,10 @@ def test_the_best_scale_has_the_lowest_loss_of_all_that_were_tried(tiny, site, m
     vector, scales = 3 * noise(tiny, 1)[0], (-2.0, -1.0, 0.25, 0.5, 1.0, 2.0)
     losses = {scale: site.loss(scale * vector[None], 1, mode).item() for scale in scales}
     assert measurements.best_scale(site, 1, vector, mode, scales) == min(losses, key=losses.get)
+
+
+def test_the_best_scale_can_be_chosen_over_a_part_of_the_vocabulary(tiny, site):
+    vector, scales, few = 3 * noise(tiny, 1)[0], (-2.0, -1.0, 0.25, 0.5, 1.0, 2.0), engine.vocabulary(site, keep=40)
+    losses = {scale: site.loss(scale * vector[None], 1, vocabulary=few).item() for scale in scales}
+    assert losses != {scale: site.loss(scale * vector[None], 1).item() for scale in scales}
+    assert measurements.best_scale(site, 1, vector, "add", scales, few) == min(losses, key=losses.get)

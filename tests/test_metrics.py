@@ -342,3 +342,19 @@ def test_features_stand_in_the_order_of_the_tasks_that_they_help_and_alike_tasks
     index, columns = metrics.block_order(gain)
     assert {frozenset(columns[:2]), frozenset(columns[2:])} == {frozenset("ac"), frozenset("bd")}
     assert [columns.index(gain.loc[i].idxmax()) for i in index] == [0, 1, 2, 3]
+
+
+def test_crossed_has_wrong_vectors_off_the_diagonal_and_the_own_one_on_as_many_prompts():
+    def row(task, tested, on, method, losses, layer=10, rel=np.nan):
+        return {"task": task, "tested": tested, "on": on, "method": method, "losses": losses, "layer": layer,
+                "rel_loss": rel, "n": len(losses)}  # fmt: skip
+
+    frame = pd.DataFrame([
+        row("a", "a", "test", "zero_shot", [4.0, 2.0, 9.0], -1),
+        row("b", "b", "test", "zero_shot", [5.0, 5.0, 9.0], -1),
+        row("a", "b", "other", "zero_shot", [5.0, 5.0], -1), row("b", "a", "other", "zero_shot", [4.0, 2.0], -1),
+        row("a", "a", "test", "clean", [1.0, 2.0, 7.0]), row("b", "b", "test", "clean", [0.0, 2.5, 7.0]),
+        row("a", "b", "other", "clean", [6.0, 6.0], rel=0.2), row("b", "a", "other", "clean", [3.0, 3.0], rel=0.0),
+    ])  # fmt: skip
+    grid = metrics.crossed(frame)
+    assert grid.loc["a"].tolist() == [-0.5, 0.2] and grid.loc["b"].tolist() == [0.0, -0.75]

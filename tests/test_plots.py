@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.text import Text
 
-from nb_utils import plots
+from nb_utils import plots, prompts
 from nb_utils.tables import ROOT
 
 STORY = [
@@ -364,6 +364,37 @@ def test_layer_grids_share_one_scale_and_write_what_is_measured():
     assert [texts(ax) for ax in figure.axes] == [["3", "24"], ["2", "12"]]
     assert {ax.images[0].get_clim() for ax in figure.axes} == {(0, 25)}
     assert [ax.get_title() for ax in figure.axes] == ["cleaned", "centred"]
+
+
+def test_grids_of_templates_share_one_scale_around_zero_and_are_named_by_how_prompts_read():
+    names = ["arrow", "question"]
+    grid = pd.DataFrame([[-0.8, 0.1], [4.0, np.nan]], index=names, columns=names)
+    figure = plots.template_grids({"clean": grid, "centred": grid / 2})
+    assert [texts(ax) for ax in figure.axes] == [["−.80", "+.10", "+4.00"], ["−.40", "+.05", "+2.00"]]
+    assert {ax.images[0].get_clim() for ax in figure.axes} == {(-1, 1)}, "a broken cell must not fade the others"
+    assert [tick.get_text() for tick in figure.axes[1].get_xticklabels()] == ["x -> y", "Q: x ⏎ A: y"]
+    assert set(plots.TEMPLATES) == set(prompts.TEMPLATES)
+
+
+def test_a_matrix_of_tasks_keeps_its_order_and_names_both_sides():
+    grid = pd.DataFrame([[-0.9, 0.0], [5.0, -0.5]], index=["en_es", "antonyms"], columns=["antonyms", "en_es"])
+    ax = plots.task_matrix(grid)
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["English to Spanish", "Antonyms"]
+    assert ax.images[0].get_array().tolist() == grid.to_numpy().tolist() and ax.images[0].get_clim() == (-1, 1)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("prompts of", "vector of")
+
+
+def test_points_of_methods_stand_in_the_order_of_the_frame_with_their_intervals():
+    frame = pd.DataFrame(
+        {"method": ["prune_contrast", "clean"], "k": pd.array([20, None], "Int64"), "mean": [1.0, 2.0],
+         "low": [0.5, 1.0], "high": [2.0, 2.5]}
+    )  # fmt: skip
+    ax = plots.method_points(frame, "KL (nats)")
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["pruned, contrast codes (20)", "cleaned"]
+    assert ax.get_ylim()[0] > ax.get_ylim()[1], "the first stands on top"
+    assert [bar.get_segments()[0][:, 0].tolist() for bar in ax.collections] == [[0.5, 2.0], [1.0, 2.5]]
+    colors = [to_hex(line.get_color()) for line in ax.lines]
+    assert colors[:2] == [plots.COLORS[method].lower() for method in frame["method"]]
 
 
 def test_a_sweep_has_a_line_a_feature_and_random_directions_in_grey():

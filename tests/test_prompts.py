@@ -36,19 +36,35 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("template", [prompts.ARROW, Template(":"), Template(" =>", "\n\n"), Template(" means that")])
+OWN = Template(" means that", opening="List:\n", before="- ")
+WRITTEN = [*prompts.TEMPLATES.values(), Template(" =>", "\n\n"), OWN]
+
+
+@pytest.mark.parametrize("template", WRITTEN)
 def test_cutting_after_a_separator_or_an_output_gives_exactly_the_text_up_to_there(tokenizer, template):
     shots, query = PAIRS[:-1], PAIRS[-1]
     prompt = prompts.encode(tokenizer, shots, query, template)
     text, separators, outputs = "", [], []
     for p in (*shots, query):
-        text += (template.between if text else "") + p.x + template.separator
+        text += (template.between if text else template.opening) + template.before + p.x + template.separator
         separators.append(text)
         text += f" {p.y}"
         outputs.append(text)
     assert [text_of(tokenizer, prompt.ids[: i + 1]) for i in prompt.separators] == separators
     assert [text_of(tokenizer, prompt.ids[: i + 1]) for i in prompt.outputs] == outputs[:-1]
     assert text_of(tokenizer, prompt.ids) == text
+
+
+def test_the_templates_of_the_book_read_as_they_are_meant(tokenizer):
+    shown = {
+        name: text_of(tokenizer, prompts.encode(tokenizer, [pair("hot", "cold")], pair("up", "down"), template).ids)
+        for name, template in prompts.TEMPLATES.items()
+    }
+    assert shown == {
+        "arrow": "hot -> cold\nup -> down", "colon": "hot: cold\nup: down", "equals": "hot = cold\nup = down",
+        "question": "Q: hot\nA: cold\nQ: up\nA: down",
+        "instruction": "Complete the list.\nhot -> cold\nup -> down",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("query", PAIRS, ids=lambda p: p.x)
@@ -82,10 +98,11 @@ def test_a_zero_shot_prompt_has_one_separator_and_no_output(tokenizer):
     assert len(first.separators) == 1 and first.outputs == ()
 
 
-def test_a_separator_that_merges_with_what_follows_is_refused():
+@pytest.mark.parametrize("template", [Template(between=""), Template(between="", before="ball")])
+def test_a_separator_that_merges_with_what_follows_is_refused(template):
     smollm2 = AutoTokenizer.from_pretrained(models._converted("smollm2-135m-instruct"))
     with pytest.raises(ValueError, match="choose another separator"):
-        prompts.encode(smollm2, [pair("left", "foot")], pair("ball", "round"), Template(between=""))
+        prompts.encode(smollm2, [pair("left", "foot")], pair("ball", "round"), template)
 
 
 # --- few-shot prompts, on bytes --------------------------------------------------------------------------------
