@@ -296,7 +296,7 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "") -
     head = "".join(f"<th>{name}</th>" for name in heads)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     whole = f'<table class="nb-table {kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-    return f'<div class="nb-scroll">{whole}</div>'
+    return f'<div class="nb-scroll" tabindex="0">{whole}</div>'
 
 
 def _none(text: str) -> str:

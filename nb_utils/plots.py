@@ -7,6 +7,7 @@ Axes. None shows or saves anything.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -23,7 +24,7 @@ from pandas.io.formats.style import Styler
 from nb_utils import metrics, tasks
 
 # Okabe and Ito's palette for the methods that carry the story, Paul Tol's muted one for their siblings, greys
-# for references and controls. Lines are named at their ends: no colour has to carry its meaning alone.
+# for references and controls. Two methods whose colours are near for anyone's eyes have different markers.
 COLORS = {
     "zero_shot": "#6E6E6E",
     "few_shot": "#000000",
@@ -45,6 +46,21 @@ COLORS = {
     "random_support": "#A9A9A9",
     "matched_random": "#C2BCB0",
     "shuffled_labels": "#7A6F5D",
+}
+MARKERS = {
+    "centred_best_scale": "s",
+    "learned_vector": "s",
+    "reconstruct": "s",
+    "vector_on_reconstruction": "v",
+    "gradient_pursuit": "^",
+    "nonnegative_omp": "^",
+    "contrast_codes": "P",
+    "clean_random_start": "v",
+    "prune_contrast": "D",
+    "prune_codes": "D",
+    "top_k_projection": "v",
+    "random_support": "X",
+    "matched_random": "<",
 }
 LABELS = {
     "zero_shot": "zero-shot",
@@ -172,7 +188,7 @@ def lambda_path(frame: pd.DataFrame, value: str = "loss", ax: Axes | None = None
     for method, line in swept.groupby("method", sort=False):
         if value != "l0":
             _band(ax, line["at"], line, method)
-        ax.plot(line["at"], line[y].astype(float), color=_color(method), marker="o", mec="white", mew=0.6)
+        ax.plot(line["at"], line[y].astype(float), color=_color(method), **_marker(method))
         ends.append((line["at"].iloc[-1], line[y].iloc[-1], label(method), _color(method)))
     ticks = dict(zip(swept["penalty"], swept["at"], strict=True))
     ax.set_xticks(list(ticks.values()), [f"{penalty:g}" for penalty in ticks])
@@ -445,17 +461,8 @@ def accuracy_dots(frame: pd.DataFrame, ax: Axes | None = None, value: str = "acc
     y = np.arange(len(grid))
     ax.hlines(y, grid.min(axis=1), grid.max(axis=1), color=PALE, lw=2.5)
     for method in order:
-        ax.plot(
-            grid[method],
-            y,
-            "o",
-            color=_color(method),
-            ms=6.5,
-            mec="white",
-            mew=0.7,
-            clip_on=False,
-            label=label(method),
-        )
+        style = {**_marker(method), "ls": "", "color": _color(method), "ms": 6.5, "clip_on": False}
+        ax.plot(grid[method], y, label=label(method), **style)
     ax.set_yticks(y, [title(task) for task in grid.index])
     ax.set(xlim=(0, 1), ylim=(-0.7, len(grid) - 0.3), xlabel="right first answer tokens")
     ax.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.0%}"))
@@ -475,7 +482,7 @@ def accuracy_dots(frame: pd.DataFrame, ax: Axes | None = None, value: str = "acc
 def table(
     frame: pd.DataFrame, formats: Mapping[str, str] | None = None, precision: int = 2, index: bool = False
 ) -> Styler:
-    """Return a frame as the book shows tables: formatted, missing values as dashes, long names wrapped.
+    """Return a frame as the book shows tables: formatted, missing values as dashes, long names and texts wrapped.
 
     ``formats``: {column: format string}; other numbers get ``precision`` digits. The name of the columns' axis is
     written above the index.
@@ -484,11 +491,14 @@ def table(
     styled = Styler(frame.rename_axis(index=None), uuid=digest, cell_ids=False)
     styled = styled.format(dict(formats or {}), precision=precision, na_rep="–")
     names = "th.row_heading, th.blank, th.index_name" if index else ".col0"
+    shown = frame.map(lambda cell: len(re.sub("<[^>]*>", "", str(cell))))
+    prose = ", ".join(f"td.col{i}" for i in range(shown.shape[1]) if shown.iloc[:, i].max() > 40)
     styled = styled.set_table_attributes('class="dataframe"').set_table_styles(
         [
             {"selector": "td, th", "props": "text-align: right; vertical-align: bottom; padding: 0.25rem 0.5rem"},
             {"selector": "th", "props": "white-space: normal"},
             {"selector": names, "props": "text-align: left"},
+            {"selector": prose or "td.none", "props": "text-align: left; white-space: normal; min-width: 14rem"},
         ]
     )
     return styled if index else styled.hide(axis="index")
@@ -496,13 +506,17 @@ def table(
 
 def method_legend(figure: Figure, methods: Sequence[str]) -> Legend:
     """Name the methods once above a figure of many panels, where their lines have no room for it."""
-    style = {"zero_shot": STYLES["none"], "few_shot": STYLES["none"]}
-    handles = [Line2D([], [], color=_color(method), ls=style.get(method, "-")) for method in methods]
+    style = {"zero_shot": {"ls": STYLES["none"]}, "few_shot": {"ls": STYLES["none"]}}
+    handles = [Line2D([], [], color=_color(method), **style.get(method, _marker(method))) for method in methods]
     return figure.legend(handles, [label(m) for m in methods], loc="outside upper left", ncols=5, fontsize=8)
 
 
 def _color(method: str) -> str:
     return COLORS.get(method, "#B8860B")
+
+
+def _marker(method: str) -> dict:
+    return {"marker": MARKERS.get(method, "o"), "mec": "white", "mew": 0.6}
 
 
 def _lines(frame: pd.DataFrame):
@@ -522,7 +536,7 @@ def _levels(ax: Axes, frame: pd.DataFrame) -> list[tuple]:
 
 def _draw(ax: Axes, x, line: pd.DataFrame, method: str, mode: str) -> None:
     _band(ax, x, line, method)
-    ax.plot(x, line["mean"], color=_color(method), ls=STYLES[mode], marker="o", mec="white", mew=0.6)
+    ax.plot(x, line["mean"], color=_color(method), ls=STYLES[mode], **_marker(method))
 
 
 def _band(ax: Axes, x, line: pd.DataFrame, method: str) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -138,11 +139,12 @@ def save(
 
 
 def load(
-    stem: str, model: str = MODEL, folder: str | Path | None = None, columns: Sequence[str] | None = None
-) -> pd.DataFrame:
+    stem: str, model: str = MODEL, folder: str | Path | None = None, columns: Sequence[str] | None = None,
+    filters: Sequence[tuple] | None = None,
+) -> pd.DataFrame:  # fmt: skip
     """Read all tasks of an experiment into one frame, in the order of their names.
 
-    ``columns``: only these.
+    ``columns``: only these. ``filters``: only the rows that meet all of these (column, operator, value).
 
     Raises TableError, saying what to run, if there are none or one is damaged.
     """
@@ -152,7 +154,7 @@ def load(
             f"There are no tables of {stem} for {model} in {place.parent}: `make book` measures three tasks, "
             "`make report` all of them."
         )
-    frames = [_read(path, columns) for path in paths]
+    frames = [_read(path, columns, filters) for path in paths]
     return pd.concat(frames, ignore_index=True)
 
 
@@ -188,8 +190,9 @@ def _paths(place: Path) -> list[Path]:
     return sorted(place.glob("*.parquet"))
 
 
-def _read(path: Path, columns: Sequence[str] | None) -> pd.DataFrame:
-    return _checked(path, lambda found: pq.read_table(found, columns=columns, partitioning=None).to_pandas())
+def _read(path: Path, columns: Sequence[str] | None, filters: Sequence[tuple] | None) -> pd.DataFrame:
+    read = partial(pq.read_table, columns=columns, filters=filters, partitioning=None)
+    return _checked(path, lambda found: read(found).to_pandas())
 
 
 def _checked(path: Path, reader):

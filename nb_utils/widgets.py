@@ -44,8 +44,6 @@ class Backend:
         self.prompt = lru_cache(maxsize=64)(self._prompt)
         self.test = lru_cache(maxsize=8)(self._test)
         self.plain = lru_cache(maxsize=8)(lambda task: self.test(task).unsteered())
-        self.unsteered = lru_cache(maxsize=64)(self._unsteered)
-        self.going_on = lru_cache(maxsize=64)(self._going_on)
 
     @cached_property
     def model(self):
@@ -101,23 +99,6 @@ class Backend:
             raise WidgetError("Choose a feature, or type the number of a latent.")
         norm = self.test(task).at(layer).norm(dim=1).mean()
         return (float(scale) * norm * self.direction(task, layer, latent))[None]
-
-    def _unsteered(self, text: str, answer: str):
-        import torch
-
-        from nb_utils import microscope
-
-        site = self.prompt(text, answer)
-        return microscope.views(site, torch.zeros(1, self.model.d_model), self.model.n_layers - 1)[0][0]
-
-    def _going_on(self, text: str, answer: str) -> str:
-        import torch
-
-        from nb_utils import microscope
-
-        read = self.prompt(text, answer).prompts[0]
-        zero = torch.zeros(1, self.model.d_model)
-        return microscope.continuations(self.model, read, zero, self.model.n_layers - 1, N_TOKENS)[0]
 
 
 def survivors(task: str, model: str = tables.MODEL) -> pd.DataFrame:
@@ -213,6 +194,8 @@ class Steering(_Live):
         if what == "evidence":
             found = evidence(self.backend.name, {(layer, latent)})
             return {"evidence": next(iter(found.values()), None)}
+        import torch
+
         from nb_utils import microscope
 
         vector = self.backend.steering_vector(question["task"], layer, latent, question["scale"])
@@ -220,14 +203,12 @@ class Steering(_Live):
             return self._mean(question["task"], vector, layer)
         text, answer = self._asked(question)
         site = self.backend.prompt(text, answer)
+        both = torch.cat([torch.zeros_like(vector), vector])  # side by side they cost little more than one
         if what == "continuation":
-            after = microscope.continuations(self.backend.model, site.prompts[0], vector, layer, N_TOKENS)[0]
-            return {"before": self.backend.going_on(text, answer), "after": after}
+            return _pair(microscope.continuations(self.backend.model, site.prompts[0], both, layer, N_TOKENS))
         if what != "view":
             raise WidgetError(f"The steering control knows no question {what!r}.")
-        after = microscope.views(site, vector, layer)[0][0]
-        known = bool(answer.strip())
-        return {"before": self._shown(self.backend.unsteered(text, answer), known), "after": self._shown(after, known)}
+        return _pair(self._shown(views[0], bool(answer.strip())) for views in microscope.views(site, both, layer))
 
     def _asked(self, question: Mapping) -> tuple[str, str]:
         if "example" in question:
@@ -253,10 +234,15 @@ class Steering(_Live):
         }
 
 
+def _pair(found) -> dict:
+    return dict(zip(("before", "after"), found, strict=True))
+
+
 def evidence(model: str, wanted: set[tuple[int, int]]) -> dict[str, dict]:
     """Return what the table of features says of each (layer, latent), keyed "layer:latent"; nothing without a table."""
     try:
-        frame = tables.load("features", model)
+        layers, latents = (sorted(set(each)) for each in zip(*wanted, strict=True)) if wanted else ((), ())
+        frame = tables.load("features", model, filters=[("layer", "in", layers), ("latent", "in", latents)])
     except tables.TableError:
         return {}
     keys = pd.MultiIndex.from_frame(frame[["layer", "latent"]])

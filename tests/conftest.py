@@ -1,4 +1,4 @@
-"""Fixtures that several files of tests share: the built book and a browser."""
+"""Fixtures that several files of tests share: the tiny model, the built book and a browser."""
 
 import os
 import re
@@ -20,6 +20,21 @@ RUN = "results/runs/02_cleanup/gemma-3-270m"
 def stub(path, title):
     path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(new_notebook(cells=[new_markdown_cell(f"# {title}")]), path)
+
+
+def export_code():
+    """Return the code that the page shows for using an exported vector without ours."""
+    page = nbformat.read(ROOT / "book/explore.ipynb", as_version=4)
+    source = next(cell.source for cell in page.cells if cell.id == "export-code")
+    return source.removeprefix("```python\n").removesuffix("\n```")
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """Load the tiny random model: nothing may change it."""
+    from nb_utils import models
+
+    return models.load("tiny")
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,28 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from conftest import ROOT, RUN
+
+WCAG_AA = {
+    "runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"], "resultTypes": ["violations"],
+    "preload": False,  # a page opened from disk may not fetch its own style sheets
+}  # fmt: skip
+# Docutils marks a bibliography with roles that readers know and axe finds dated.
+CONTEXT = {"exclude": [[".citation-list"]]}
+PICTURES = """() => [...document.querySelectorAll("main :is(img, svg, canvas, [role=img])")].filter((picture) =>
+  !picture.closest("[aria-hidden=true], button, mjx-container")
+  && !(picture.getAttribute("alt") ?? picture.getAttribute("aria-label") ?? "").trim()
+).map((picture) => picture.outerHTML.slice(0, 200))"""
+CUT_OFF = """() => [...document.querySelectorAll("main :is(table, figure, pre, .cell_output > *)")].filter((wide) => {
+  const box = wide.getBoundingClientRect();
+  if (!box.width || (box.left >= 0 && box.right <= window.innerWidth)) return false;
+  for (let node = wide; node !== document.body; node = node.parentElement) {
+    const scrolls = ["auto", "scroll"].includes(getComputedStyle(node).overflowX);
+    if (scrolls && node.getBoundingClientRect().right <= window.innerWidth) return false;
+  }
+  return true;
+}).map((wide) => wide.outerHTML.slice(0, 200))"""
 
 
 class Assets(HTMLParser):
@@ -81,5 +102,9 @@ def test_a_browser_opens_every_page_from_disk_without_complaint(browser, built, 
         )
         sideways = tab.evaluate("document.documentElement.scrollWidth - window.innerWidth")
         assert sideways <= 0, f"{page} scrolls sideways at {width} pixels"
+        complaints += [f"{page} shows {picture} without words" for picture in tab.evaluate(PICTURES)]
+        complaints += [f"{page} cuts off {wide} at {width} pixels" for wide in tab.evaluate(CUT_OFF)]
+        for broken in Axe().run(tab, context=CONTEXT, options=WCAG_AA).response["violations"]:
+            complaints += [f"{page}, {scheme}: {broken['help']}: {node['html'][:200]}" for node in broken["nodes"]]
     context.close()
     assert not complaints

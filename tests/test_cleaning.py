@@ -5,14 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from nb_utils import cleaning, dictionary, engine, models, prompts, saes, tasks, vectors
+from nb_utils import cleaning, dictionary, engine, prompts, saes, tasks, vectors
 
 LAYER = 2
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return models.load("tiny")
 
 
 @pytest.fixture(scope="module")

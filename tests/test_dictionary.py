@@ -6,7 +6,7 @@ import pytest
 import scipy.optimize
 import torch
 
-from nb_utils import dictionary, models, saes, tasks, vectors
+from nb_utils import dictionary, saes, tasks, vectors
 from nb_utils.saes import Sae
 from nb_utils.vectors import Streams
 
@@ -16,11 +16,6 @@ METHODS = [
     dictionary.top_k_projection, dictionary.random_support, dictionary.contrast_codes,
 ]  # fmt: skip
 PURSUITS = [dictionary.gradient_pursuit, dictionary.nonnegative_omp]
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return models.load("tiny")
 
 
 @pytest.fixture(scope="module")

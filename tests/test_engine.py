@@ -6,11 +6,6 @@ import torch
 from nb_utils import engine, models, prompts, tasks
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    return models.load("tiny")
-
-
 @pytest.fixture(scope="module", params=["gemma2", "llama"])
 def other(request, tmp_path_factory):
     """Save a random model of another architecture as a user's folder, soft-capped twice in the case of Gemma 2."""

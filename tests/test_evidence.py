@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from nb_utils import models, saes, tables
+from nb_utils import saes, tables
 from workflow import collect_evidence
 from workflow.collect_evidence import EXAMPLES, WIDTH, EvidenceError
 
@@ -33,11 +33,6 @@ def corpus(documents=23, seed=0):
             "text": [" ".join(rng.choice(WORDS, rng.integers(20, 500))) for _ in range(documents)],
         }
     )
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return models.load("tiny")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, export_code
 
 from nb_utils import tables, tasks, widgets
 
@@ -19,6 +19,7 @@ SETTINGS = {
     "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},
     "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
+PAIRS = "\n".join(f"a{i} -> b" for i in range(20))
 WAIT = 120_000  # milliseconds; only a broken page waits so long
 
 
@@ -215,6 +216,8 @@ def test_steering_live_shows_the_numbers_of_the_modules(live, backend):
     assert text(box, "rank-after") == str(view.rank)
     went_on = microscope.continuations(backend.model, site.prompts[0], vector, 10, widgets.N_TOKENS)[0]
     assert text(box, "continuation-after") == (went_on.replace(" ", "␣") or "∅")
+    first, whole = (box.get_attribute(f"data-{name}") for name in ("milliseconds", "whole"))
+    print(f"the first numbers after {first} ms, all after {whole} ms")
 
 
 def test_steering_live_agrees_with_the_grid_where_both_have_a_number(live):
@@ -255,7 +258,7 @@ def test_a_wrong_prompt_gives_a_sentence_and_the_control_stays_alive(live, promp
 
 
 def test_the_workbench_cleans_reweights_and_exports_live(live, lab, backend):
-    from nb_utils import exports, workbench
+    from nb_utils import exports, models, workbench
 
     box = live.get_by_role("group", name="Clean your own vector")
     start = time.monotonic()
@@ -267,11 +270,15 @@ def test_the_workbench_cleans_reweights_and_exports_live(live, lab, backend):
     live.wait_for_function("([node, old]) => node.textContent !== old", arg=[
         box.locator('[data-field="loss"]').element_handle(), shown], timeout=WAIT)  # fmt: skip
     followed = float(text(box, "loss"))
-    box.locator('[data-field="folder"]').fill("made")
+    box.locator('[data-field="folder"]').fill("my-vector")
     box.locator('[data-field="export"]').click()
     box.locator('[data-field="files"]').get_by_text("Written to").wait_for(timeout=WAIT)
-    found = exports.load(lab[2] / "book/made", backend.model, backend.sae(10))
+    found = exports.load(lab[2] / "book/my-vector", backend.model, backend.sae(10))
     assert len(found.latents) == 9 and found.card.loss == pytest.approx(followed, abs=1e-4)
+    (lab[2] / "book/.cache").symlink_to(models.cache_dir())
+    plain = subprocess.run(
+        [sys.executable, "-I", "-c", export_code()], cwd=lab[2] / "book", capture_output=True, text=True, check=True)
+    assert float(plain.stdout.split()[0]) == pytest.approx(found.card.loss, abs=1e-4), "the code on the page"
     trial, weighted = workbench.restore(found, backend.model, backend.sae(10))
     assert workbench.loss(trial, weighted) == pytest.approx(found.card.loss, abs=1e-4)
     box.locator('[data-field="export"]').click()
@@ -297,7 +304,7 @@ def test_the_workbench_stops_when_told(live):
     "pairs, says",
     [
         ("hot -> cold", "1 pairs and a task needs 20"),
-        ("\n".join(f"a{i} -> b" for i in range(20)) + "\nhot ->", "the answer must be a non-empty string"),
+        (f"{PAIRS}\n<img src=x onerror=alert(1)> ->", "the answer must be a non-empty string"),
         ("\n".join(f"a{i} -> b" for i in range(10_000)), "10,000 pairs are more than the 1,000"),
     ],
     ids=["one pair", "an empty answer", "10,000 pairs"],
@@ -309,6 +316,7 @@ def test_wrong_pairs_give_a_sentence_and_the_button_stays_alive(live, pairs, say
     box.locator('[data-field="start"]').click()
     box.locator(".nbw-error").get_by_text(says).wait_for(timeout=WAIT)
     assert box.locator('[data-field="start"]').is_enabled()
+    assert box.locator("img").count() == 0, "what was typed became markup"
 
 
 def test_the_strip_follows_a_typed_prompt(live, backend):

@@ -5,20 +5,14 @@ import shutil
 import subprocess
 import sys
 
-import nbformat
 import pytest
 import torch
-from conftest import ROOT
+from conftest import export_code
 
-from nb_utils import exports, models, saes, tasks, workbench
+from nb_utils import exports, saes, tasks, workbench
 from nb_utils.exports import ExportError
 
 LAYER = 3
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return models.load("tiny")
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +106,7 @@ def test_a_folder_that_does_not_fit_is_refused_in_one_sentence(folder, tiny, sae
 
 
 def test_the_code_on_the_page_finds_the_loss_of_the_card(exported, folder, tiny, tmp_path):
-    page = nbformat.read(ROOT / "book/explore.ipynb", as_version=4)
-    source = next(cell.source for cell in page.cells if cell.id == "export-code")
-    code = source.removeprefix("```python\n").removesuffix("\n```")
+    code = export_code()
     assert "nb_utils" not in code and "sae" not in code
     home = tmp_path / "elsewhere"
     shutil.copytree(folder, home / "my-vector")

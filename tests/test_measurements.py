@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from nb_utils import engine, measurements, models, prompts, tables, tasks
+from nb_utils import engine, measurements, prompts, tables, tasks
 from nb_utils.measurements import Candidate
 
 # What `tables` knows of, less what only a cleaning, its latents or the task's name add.
@@ -15,11 +15,6 @@ COLUMNS = set(tables.DTYPES) - {
     "task", "train_loss", "validation_loss", "step", "latent", "before", "after", "density", "largest"
 } | {"losses"}  # fmt: skip
 MEASURES = ["loss", "token_loss", "accuracy", "exact"]
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return models.load("tiny")
 
 
 WORDS = ["hot", "cold", "big", "small", "up", "down", "old", "new"]

@@ -3,15 +3,10 @@
 import pytest
 import torch
 
-from nb_utils import engine, microscope, models, saes
+from nb_utils import engine, microscope, saes
 from nb_utils.microscope import MicroscopeError
 
 LAYER = 2
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return models.load("tiny")
 
 
 @pytest.fixture(scope="module")

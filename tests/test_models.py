@@ -24,11 +24,6 @@ from nb_utils.models import ModelError
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    return models.load("tiny")
-
-
 def refused(load, *args):
     """Return the message of a ModelError after checking that it is one line that ends like a sentence."""
     with pytest.raises(ModelError) as error:

@@ -91,6 +91,28 @@ def test_the_main_colours_can_be_told_apart_by_every_eye(vision):
     assert np.linalg.norm(lab(plots.GREW, vision) - lab(plots.SHRANK, vision)) > 20
 
 
+def near(a, b):
+    return min(np.linalg.norm(lab(a, vision) - lab(b, vision)) for vision in VISIONS) <= 12
+
+
+def test_methods_whose_colours_are_near_for_anyone_have_different_markers():
+    references = {"zero_shot", "few_shot", "dummy_shot"}  # dotted lines, never with a marker
+    shape = {m: "dotted" if m in references else plots.MARKERS.get(m, "o") for m in plots.COLORS}
+    alike = [pair for pair in itertools.combinations(plots.COLORS, 2) if near(*map(plots.COLORS.get, pair))]
+    assert alike and not [(a, b) for a, b in alike if shape[a] == shape[b]]
+    frame = pd.concat([layers_of(method) for method in plots.COLORS])
+    drawn = [line.get_marker() for line in plots.loss_by_layer(frame).lines]
+    assert set(plots.MARKERS.values()) < set(drawn), "the markers are not drawn"
+    legend = plots.method_legend(plt.figure(), list(plots.MARKERS))
+    assert [line.get_marker() for line in legend.legend_handles] == list(plots.MARKERS.values())
+
+
+def test_the_lines_and_bars_of_the_widgets_can_be_told_apart_by_every_eye():
+    for path in (ROOT / "nb_utils/front").glob("*.js"):
+        for a, b in itertools.combinations(set(re.findall(r"#[0-9A-Fa-f]{6}", path.read_text())), 2):
+            assert not near(a, b), f"{path.name}: {a} {b}"
+
+
 def test_names_are_readable_and_carry_their_number_of_latents():
     assert plots.label("prune_contrast", 20) == "pruned, contrast codes (20)"
     assert plots.label("task_vector", pd.NA) == plots.label("task_vector") == "task vector"

@@ -32,7 +32,7 @@ from sae_lens import (
 )
 from sae_lens.saes.sae import SAEMetadata
 
-from nb_utils import models, saes, tables
+from nb_utils import saes, tables
 from nb_utils.saes import SaeError
 from workflow import measure_saes
 
@@ -44,11 +44,6 @@ KINDS = {
     "topk": (TopKSAE, TopKSAEConfig, {"k": 7}),
     "topk, rescaled": (TopKSAE, TopKSAEConfig, {"k": 7, "rescale_acts_by_decoder_norm": True}),
 }
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return models.load("tiny")
 
 
 def random_saelens(kind="jumprelu", hook="blocks.2.hook_resid_post", seed=0, model_name="tiny", **settings):

@@ -200,3 +200,10 @@ def test_nb_tables_overrides_the_default_folder_only(tmp_path, monkeypatch):
 def test_findings_need_no_torch():
     script = "import sys; from nb_utils import metrics, plots, tables; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, env={**os.environ}).returncode == 0
+
+
+def test_filters_keep_the_rows_that_meet_them_all(tmp_path):
+    frame = pd.DataFrame({"layer": [8, 8, 10], "latent": [1, 2, 1], "density": [0.25, 0.5, 0.75]})
+    tables.save(frame, "some_rows", "one", {"seed": 0}, folder=tmp_path)
+    found = tables.load("some_rows", folder=tmp_path, filters=[("layer", "in", [8]), ("latent", "==", 1)])
+    assert found["density"].tolist() == [0.25]

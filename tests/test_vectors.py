@@ -3,14 +3,8 @@
 import pytest
 import torch
 
-from nb_utils import engine, models, tasks, vectors
+from nb_utils import engine, tasks, vectors
 from nb_utils.vectors import Streams
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return models.load("tiny")
-
 
 POOL = tuple(tasks.Pair(f"in{i}", f"out{i}", (f"out{i}",)) for i in range(8))
 SMALL = dict(n_prompts=5, n_shots=3)

@@ -106,7 +106,7 @@ function render({ model, el: root }) {
       el("div", { class: "nbw-pair" },
         el("section", {}, el("h4", {}, "Next token, unsteered"), bars(before, "#8A8A8A")),
         el("section", {}, el("h4", {}, "Next token, steered"), bars(after, "#0072B2"))),
-      el("div", { class: "nbw-scroll" }, el("table", { class: "nbw-numbers" },
+      el("div", { class: "nbw-scroll", tabindex: "0" }, el("table", { class: "nbw-numbers" },
         el("thead", {}, el("tr", {}, el("td"), el("th", { scope: "col" }, "unsteered"), el("th", { scope: "col" }, "steered"))),
         el("tbody", {},
           row("answer's loss (nats)", losses(before), losses(after), "loss"),
@@ -156,15 +156,19 @@ function render({ model, el: root }) {
       if (view.error) { fail(view.error); continue; }
       show(view.before, view.after, null);
       root.firstChild.dataset.milliseconds = Math.round(performance.now() - started);
+      const mean = isOwn() ? null : await ask({ ...question, what: "mean" });
+      if (done !== asked || mean?.error) continue;
+      show(view.before, view.after, mean);
+      const feature = `${shown.layer}:${shown.latent}`;
+      if (!(feature in data.evidence)) data.evidence[feature] = (await ask({ ...question, what: "evidence" })).evidence;
+      drawEvidence(data.evidence[feature]);
+      if (done !== asked) continue;
       const further = await ask({ ...question, what: "continuation" });
       if (done !== asked || further.error) continue;
       view.before.continuation = further.before;
       view.after.continuation = further.after;
-      show(view.before, view.after, null);
-      drawEvidence((await ask({ ...question, what: "evidence" })).evidence);
-      if (done !== asked) continue;
-      const mean = isOwn() ? null : await ask({ ...question, what: "mean" });
-      if (done === asked) show(view.before, view.after, mean);
+      show(view.before, view.after, mean);
+      root.firstChild.dataset.whole = Math.round(performance.now() - started);
     }
     busy = false;
     root.firstChild.removeAttribute("aria-busy");
