@@ -90,6 +90,7 @@ TEMPLATES = {
 }  # fmt: skip
 STYLES = {"add": "-", "replace": (0, (5, 2)), "none": (0, (1, 1.5))}
 UNITS = {"loss": "loss (nats, first 2 answer tokens)", "rel_loss": "loss, change from zero-shot"}
+CYCLE = [COLORS[m] for m in ("task_vector", "prune_contrast", "clean", "reconstruct", "learned_vector")]  # no methods
 GREW, SHRANK = COLORS["clean"], "#C8102E"
 INK, PALE = "#333333", "#E4E4E4"
 
@@ -105,6 +106,7 @@ def use_style() -> None:
             "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8,
             "axes.grid": True, "axes.grid.axis": "y", "grid.color": PALE, "grid.linewidth": 0.7,
             "axes.axisbelow": True, "lines.linewidth": 1.8, "lines.markersize": 4.5, "legend.frameon": False,
+            "axes.prop_cycle": plt.cycler(color=CYCLE),
         }
     )  # fmt: skip
 

@@ -99,6 +99,7 @@ def test_methods_whose_colours_are_near_for_anyone_have_different_markers():
     references = {"zero_shot", "few_shot", "dummy_shot"}  # dotted lines, never with a marker
     shape = {m: "dotted" if m in references else plots.MARKERS.get(m, "o") for m in plots.COLORS}
     alike = [pair for pair in itertools.combinations(plots.COLORS, 2) if near(*map(plots.COLORS.get, pair))]
+    assert not [pair for pair in itertools.combinations(plots.CYCLE, 2) if near(*pair)]
     assert alike and not [(a, b) for a, b in alike if shape[a] == shape[b]]
     frame = pd.concat([layers_of(method) for method in plots.COLORS])
     drawn = [line.get_marker() for line in plots.loss_by_layer(frame).lines]
