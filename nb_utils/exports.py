@@ -110,7 +110,9 @@ def load(folder: str | Path, model=None, sae=None) -> Vector:
         vector, latents, weights = tensors["vector"], tensors["latents"], tensors["weights"]
     except (SafetensorError, KeyError) as error:
         raise ExportError(f"{folder / VECTOR} is damaged ({error}): export the vector again.") from None
-    if vector.ndim != 1 or latents.shape != weights.shape or not (vector.isfinite().all() and weights.isfinite().all()):
+    kinds = (vector.dtype, latents.dtype, weights.dtype) == (torch.float32, torch.int64, torch.float32)
+    shapes = (vector.ndim, latents.ndim) == (1, 1) and latents.shape == weights.shape
+    if not (kinds and shapes and vector.isfinite().all() and weights.isfinite().all()):
         raise ExportError(f"{folder / VECTOR} does not hold one vector of finite numbers: export it again.")
     found = Vector(vector, latents, weights, card)
     if model is not None:
