@@ -195,6 +195,13 @@ class Book:
         """Return one number a task of what a vector does on some prompts or text, over its seeds."""
         return rows(self.table("08_side_effects"), method=method, on=on, **equal).groupby("task")[column].mean()
 
+    # Experiment 09
+
+    def templates(self, method: str, home: bool) -> pd.Series:
+        """Return the relative loss of every task on the template that a vector was made on, or on all others."""
+        found = rows(self.table("09_templates"), method=method)
+        return found[found["made_on"].eq(found["tested_on"]) == home].groupby("task")["rel_loss"].mean()
+
 
 # 01 Reconstruction
 
@@ -472,3 +479,10 @@ def relation_matters(book: Book) -> Comparison:
 def pruning_is_gentler_in_text(book: Book) -> Comparison:
     pruned = book.side_effect("prune_contrast", "separator", "d_ntp", k=book.k)
     return over_tasks(pruned - book.side_effect("clean", "separator", "d_ntp"))
+
+# 09 Templates
+
+
+@number
+def pruned_leaves_its_template(book: Book) -> Comparison:
+    return over_tasks(book.templates("prune_contrast", home=False) / book.templates("prune_contrast", home=True))
