@@ -26,7 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save as save_tensors
 from test_evidence import corpus
-from test_exports import exported, sae, tiny  # noqa: F401
+from test_exports import exported, sae  # noqa: F401
 from test_models import entry, shelf  # noqa: F401
 from test_notebooks import SIZES, TINY
 from test_tables import ORIGIN, STEM, made
@@ -456,7 +456,7 @@ def test_a_damaged_table_without_a_hash_gives_a_table_or_a_table_error(tmp_path)
             one_sentence(str(error))
 
 
-def test_damaged_weights_or_settings_of_an_sae_are_never_used(tiny, tmp_path):  # noqa: F811
+def test_damaged_weights_or_settings_of_an_sae_are_never_used(tiny, tmp_path):
     from test_saes import saved
 
     folder = saved(tmp_path / "sae")
@@ -508,7 +508,7 @@ def test_damaged_files_of_a_model_are_never_used(shelf, tmp_path, monkeypatch): 
         models.load("toy")
 
 
-def test_a_damaged_checkpoint_is_made_anew(tiny, tmp_path, caplog):  # noqa: F811
+def test_a_damaged_checkpoint_is_made_anew(tiny, tmp_path, caplog):
     text = collect_evidence.showable(corpus(), tiny.tokenizer, 20 * collect_evidence.WIDTH)
     loaded, path = [saes.random(tiny, 1)], tmp_path / "state.checkpoint"
     whole = collect_evidence.collect(tiny, loaded, text, path)[1]
@@ -587,7 +587,7 @@ def test_a_monstrous_task_file_is_refused_in_one_line_and_soon(tmp_path, text):
 
 @fuzz
 @given(data=st.data())
-def test_any_header_of_weights_loads_or_is_a_sae_error(tiny, header_folder, data):  # noqa: F811
+def test_any_header_of_weights_loads_or_is_a_sae_error(tiny, header_folder, data):
     folder, weights = header_folder
     end = 8 + int.from_bytes(weights[:8], "little")
     header = json.loads(weights[8:end])

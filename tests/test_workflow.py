@@ -13,6 +13,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from filelock import FileLock
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,3 +130,11 @@ def test_an_unknown_task_is_named_before_anything_runs(project):
     code, said, started = make(project, tasks="antonims")
     assert code != 0 and not started
     assert "Nothing was run. There is no task 'antonims'." in said and "Traceback" not in said
+
+
+def test_a_second_call_in_the_same_folder_runs_nothing_and_says_why(project):
+    (project / ".snakemake").mkdir()
+    with FileLock(project / ".snakemake/book.lock"):  # what a call holds as long as it lives
+        code, said, started = make(project, tasks="antonyms")
+    assert code != 0 and not started
+    assert "Nothing was run. Another call is running experiments in this folder" in said and "Traceback" not in said
