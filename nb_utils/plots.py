@@ -61,6 +61,7 @@ MARKERS = {
     "top_k_projection": "v",
     "random_support": "X",
     "matched_random": "<",
+    "shuffled_labels": ">",
 }
 LABELS = {
     "zero_shot": "zero-shot",
@@ -343,7 +344,7 @@ def method_points(frame: pd.DataFrame, xlabel: str, ax: Axes | None = None) -> A
     for y, row in enumerate(frame.itertuples()):
         if {"low", "high"} <= set(frame):
             ax.hlines(y, row.low, row.high, color=_color(row.method), lw=2.2)
-        ax.plot(row.mean, y, "o", color=_color(row.method), ms=6.5, mec="white", mew=0.7)
+        ax.plot(row.mean, y, color=_color(row.method), ls="", ms=6.5, **_marker(row.method))
     ax.axvline(0, color=INK, lw=0.8, zorder=1)
     ax.set_yticks(range(len(frame)), [label(m, k) for m, k in zip(frame["method"], frame["k"], strict=True)])
     ax.set(xlabel=xlabel, ylim=(len(frame) - 0.4, -0.6))
