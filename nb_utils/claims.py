@@ -189,6 +189,20 @@ class Book:
         found = found.assign(gain=metrics.steering_gain(found)).fillna({"gain": 0})
         return found.pivot(index="latent", columns="task", values="gain")
 
+    # Experiment 07
+
+    @cached_property
+    def supports(self) -> pd.DataFrame:
+        return rows(self.table("07_illusion"), on="test")
+
+    def support(self, method: str, weights: str = "tuned") -> pd.DataFrame:
+        """Return the vectors on supports of `k` features, after tuning ("tuned") or before ("fitted")."""
+        return rows(self.supports, method=method, k=self.k, weights=weights)
+
+    def recovered(self, method: str, weights: str = "tuned") -> pd.Series:
+        """Return the share of every task's gain from zero-shot to few-shot that such vectors recover."""
+        return metrics.recovered(self.support(method, weights), rows(self.supports, mode="none"))
+
     # Experiment 08
 
     def side_effect(self, method: str, on: str, column: str, **equal: object) -> pd.Series:
@@ -454,6 +468,36 @@ def one_feature_per_task(book: Book) -> Comparison:
 def english_shares_a_feature(book: Book) -> Comparison:
     english = book.gain.filter(regex="^en_")
     return over_tasks(english.loc[english.min(axis=1).idxmax()])
+
+
+# 07 Illusion test
+
+
+@number
+def rule_beats_random(book: Book) -> Comparison:
+    return compare(book.support("rule"), book.support("random_matched"))
+
+
+@number
+def rule_beats_random_on_arrows(book: Book) -> Comparison:
+    return compare(book.support("rule"), book.support("random_active"))
+
+
+@number
+def cleaning_beats_rule(book: Book) -> Comparison:
+    return compare(book.support("prune_contrast"), book.support("rule"))
+
+
+@number
+def tuning_flatters_chance(book: Book) -> Comparison:
+    return over_tasks(book.recovered("random_matched") - book.recovered("random_matched", "fitted"))
+
+
+@number
+def supports_agree(book: Book) -> Comparison:
+    found = rows(book.table("07_illusion_features"), k=book.k)
+    shared = {task: metrics.overlap(one).loc["rule", "prune_contrast"] for task, one in found.groupby("task")}
+    return over_tasks(pd.Series(shared))
 
 
 # 08 Side effects

@@ -152,6 +152,26 @@ def prune_with_refit(
     return paths
 
 
+def refit(
+    problem: Problem, sae: Sae, start: Float[Tensor, "n d_sae"], unit: Float[Tensor, "#n #d_sae"], lr: float = 0.1,
+    steps: int = 20, check_every: int = 4,
+) -> list[Cleaned]:
+    """Tune the weights of signed codes on a frozen support: what is 0 stays 0, one result per row.
+
+    ``unit``: the code that ``lr`` refers to. With one unit for all rows, a start that stands for a short vector goes
+    as far as one for a long vector. The decoder bias is not used.
+    """
+    kept = start != 0
+    weights = (start / unit).requires_grad_()
+
+    def decode():
+        codes = weights * unit * kept
+        return codes, codes @ sae.W_dec, torch.zeros(len(codes), device=codes.device)
+
+    checks = [c for c in _descend(problem, [weights], decode, lr, steps, check_every) if c.validation is not None]
+    return [_kept(checks, i) for i in range(len(start))]
+
+
 def learned_vector(
     problem: Problem, start: Float[Tensor, "n d_model"], lr: float = 0.05, steps: int = 100, check_every: int = 5
 ) -> list[Cleaned]:

@@ -205,6 +205,34 @@ def survivors(features: pd.DataFrame, most: int = 5, k: int = 10) -> pd.DataFram
     return found.rename(columns={"after": "weight"})
 
 
+def recovered(frame: pd.DataFrame, plain: pd.DataFrame) -> pd.Series:
+    """Return the share of every task's gain from zero-shot to few-shot loss that vectors recover (seeds averaged).
+
+    ``plain``: the zero_shot and few_shot rows on the same prompts. 0 is zero-shot, 1 few-shot; both can be passed.
+    """
+    zero, few, loss = (
+        part.groupby("task")["loss"].mean()
+        for part in (rows(plain, method="zero_shot"), rows(plain, method="few_shot"), frame)
+    )
+    return ((zero - loss) / (zero - few)).dropna().rename("recovered")
+
+
+def overlap(features: pd.DataFrame) -> pd.DataFrame:
+    """Return, for every pair of methods, the mean share of the first's latents that the second has too.
+
+    ``features``: the latents of supports, one row each, with task, layer, k, seed and method. Two methods are compared
+    within a seed; on the diagonal, a method with itself under other seeds (NaN where it has but one).
+    """
+    grids = []
+    for _, part in features.groupby(["task", "layer", "k"]):
+        held = pd.crosstab([part["method"], part["seed"]], part["latent"])
+        method, seed = (held.index.get_level_values(level).to_numpy() for level in (0, 1))
+        share = held.dot(held.T).div(held.sum(axis=1), axis=0).to_numpy(copy=True)
+        share[(method[:, None] == method) == (seed[:, None] == seed)] = np.nan
+        grids.append(pd.DataFrame(share, method, method).groupby(level=0).mean().T.groupby(level=0).mean().T)
+    return pd.concat(grids).groupby(level=0).mean()
+
+
 def steering_gain(frame: pd.DataFrame) -> pd.Series:
     """Normalise single-feature effects as the post does: 1 for the feature that helps a task most, 0 for no help.
 

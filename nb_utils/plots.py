@@ -45,6 +45,9 @@ COLORS = {
     "top_k_projection": "#8A7F96",
     "random_support": "#A9A9A9",
     "matched_random": "#C2BCB0",
+    "rule": "#C9A400",
+    "random_matched": "#A05A2C",
+    "random_active": "#CC9F7B",
     "shuffled_labels": "#7A6F5D",
 }
 MARKERS = {
@@ -61,6 +64,9 @@ MARKERS = {
     "top_k_projection": "v",
     "random_support": "X",
     "matched_random": "<",
+    "rule": "D",
+    "random_matched": "X",
+    "random_active": "<",
     "shuffled_labels": ">",
 }
 LABELS = {
@@ -83,6 +89,9 @@ LABELS = {
     "top_k_projection": "top-k projection",
     "random_support": "random atoms",
     "matched_random": "random vector",
+    "rule": "rule on evidence",
+    "random_matched": "random, same density",
+    "random_active": "random, active on arrows",
     "shuffled_labels": "shuffled answers",
 }
 # How a prompt of each template reads, in one line.
@@ -454,7 +463,7 @@ def token_activations(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
 def accuracy_dots(frame: pd.DataFrame, ax: Axes | None = None, value: str = "accuracy") -> Axes:
     """Draw one row of dots per task, one dot per method, tasks in the order of the last method's value.
 
-    ``frame``: one row per task and method (seeds are averaged).
+    ``frame``: one row per task and method (seeds are averaged). ``value``: "accuracy", or another column.
     """
     order = list(dict.fromkeys(frame["method"]))
     grid = frame.pivot_table(index="task", columns="method", values=value, aggfunc="mean")[order]
@@ -467,14 +476,16 @@ def accuracy_dots(frame: pd.DataFrame, ax: Axes | None = None, value: str = "acc
         style = {**_marker(method), "ls": "", "color": _color(method), "ms": 6.5, "clip_on": False}
         ax.plot(grid[method], y, label=label(method), **style)
     ax.set_yticks(y, [title(task) for task in grid.index])
-    ax.set(xlim=(0, 1), ylim=(-0.7, len(grid) - 0.3), xlabel="right first answer tokens")
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.0%}"))
+    ax.set(ylim=(-0.7, len(grid) - 0.3), xlabel=UNITS.get(value, value))
+    if value == "accuracy":
+        ax.set(xlim=(0, 1), xlabel="right first answer tokens")
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.0%}"))
     ax.grid(axis="x")
     ax.grid(visible=False, axis="y")
     ax.legend(
         loc="lower left",
         bbox_to_anchor=(0, 1),
-        ncols=len(order),
+        ncols=len(order) if len(order) < 4 else 2,
         handletextpad=0.1,
         columnspacing=1.2,
         borderaxespad=0.2,

@@ -253,6 +253,35 @@ def test_a_refitted_stage_is_the_best_on_validation(problem, sae, signed, checks
     assert found.step == min(losses, key=losses.get) and found.validation_loss == min(losses.values())
 
 
+# --- tuning on a frozen support ----------------------------------------------------------------------------------
+
+
+def test_tuning_lowers_the_loss_and_keeps_the_support_whatever_it_is(fit, sae, signed):
+    start = torch.stack([dictionary.keep_largest(signed[0], 5, sae), torch.eye(sae.d_sae)[:5].sum(0)])
+    before = fit.train.loss(start @ sae.W_dec, LAYER)
+    found = cleaning.refit(fit, sae, start, start.abs().max(1, keepdim=True).values, steps=40)
+    for row, loss, result in zip(start, before, found, strict=True):
+        assert torch.equal(result.codes != 0, row != 0)
+        close(result.vector, result.codes @ sae.W_dec)
+        assert result.train_loss < loss.item() - 0.01
+
+
+def test_with_one_unit_a_short_start_goes_as_far_as_a_long_one(problem, sae, signed, checks):
+    """The first step of Adam is as long as its rate, whatever the gradient."""
+    row = dictionary.keep_largest(signed[0], 5, sae)
+    cleaning.refit(problem, sae, torch.stack([row, row / 50]), torch.full((1, 1), 0.3), lr=0.1, steps=1)
+    moved = (checks[1].codes - checks[0].codes).abs()
+    close(moved[:, row != 0], torch.full((2, 5), 0.03))
+
+
+def test_what_pruning_does_after_a_cut_is_tuning(problem, sae, signed):
+    ((pruned,),) = cleaning.prune_with_refit(problem, sae, signed[:1], (6,), lr=0.1, steps=12)
+    cut = dictionary.keep_largest(signed[:1], 6, sae)
+    (tuned,) = cleaning.refit(problem, sae, cut, cut.abs().sum(1, keepdim=True) / 6, lr=0.1, steps=12)
+    assert tuned.step == pruned.step > 0
+    close(tuned.codes, pruned.codes)
+
+
 # --- the dense upper bound -------------------------------------------------------------------------------------
 
 

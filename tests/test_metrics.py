@@ -344,6 +344,29 @@ def test_features_stand_in_the_order_of_the_tasks_that_they_help_and_alike_tasks
     assert [columns.index(gain.loc[i].idxmax()) for i in index] == [0, 1, 2, 3]
 
 
+def test_methods_overlap_within_a_seed_and_a_method_with_itself_under_other_seeds():
+    supports = {("a", 0): [1, 2], ("a", 1): [2, 3], ("b", 0): [1, 2, 5, 6], ("b", 1): [2, 7, 8, 9]}
+    one = pd.DataFrame([
+        {"task": "t", "layer": 8, "k": 2, "method": method, "seed": seed, "latent": latent}
+        for (method, seed), latents in supports.items() for latent in latents
+    ])  # fmt: skip
+    found = metrics.overlap(one)
+    assert found.loc["a", "a"] == 1 / 2 and found.loc["b", "b"] == 1 / 4
+    assert found.loc["a", "b"] == (2 / 2 + 1 / 2) / 2 and found.loc["b", "a"] == (2 / 4 + 1 / 4) / 2
+    other = one.assign(task="u", seed=0, latent=range(len(one)))  # one seed, nothing shared
+    both = metrics.overlap(pd.concat([one, other]))
+    assert both.loc["a", "b"] == found.loc["a", "b"] / 2 and both.loc["a", "a"] == found.loc["a", "a"]
+
+
+def test_what_is_recovered_is_0_for_zero_shot_and_1_for_few_shot_on_every_task():
+    plain = frame_of(
+        row("a", "zero_shot", [8]), row("a", "few_shot", [2]), row("b", "zero_shot", [4]), row("b", "few_shot", [3]),
+    )  # fmt: skip
+    vectors = frame_of(row("a", "clean", [4]), row("a", "clean", [6], seed=1), row("b", "clean", [5]))
+    assert metrics.recovered(vectors, plain).to_dict() == {"a": 0.5, "b": -1}
+    assert metrics.recovered(metrics.rows(plain, method="few_shot"), plain).to_dict() == {"a": 1, "b": 1}
+
+
 def test_crossed_has_wrong_vectors_off_the_diagonal_and_the_own_one_on_as_many_prompts():
     def row(task, tested, on, method, losses, layer=10, rel=np.nan):
         return {"task": task, "tested": tested, "on": on, "method": method, "losses": losses, "layer": layer,

@@ -306,6 +306,12 @@ def test_dots_are_ordered_by_the_last_method():
     assert [line.get_color() for line in ax.lines] == [plots.COLORS["zero_shot"], plots.COLORS["few_shot"]]
 
 
+def test_dots_of_a_loss_have_its_unit_and_room_for_it():
+    ax = plots.accuracy_dots(TASKS.assign(loss=TASKS["accuracy"] * 10), value="loss")
+    assert ax.get_xlim()[1] > 7 and ax.get_xlabel() == plots.UNITS["loss"]
+    assert ax.lines[1].get_xdata().max() == 7
+
+
 def test_seeds_are_averaged_in_dots():
     twice = pd.concat([TASKS, TASKS.assign(accuracy=TASKS["accuracy"] + 0.2)])
     ax = plots.accuracy_dots(twice)
