@@ -184,8 +184,8 @@ def start_up(model, repeats):
     with tempfile.TemporaryDirectory() as folder:
         source, path = Path(folder, "start.ipynb"), Path(folder, "kernels", "socket")
         path.parent.mkdir()
-        cell = "from nb_utils import engine, measurements, models, plots, saes, tables, tasks, vectors\n" + (
-            f'sae = saes.load(models.load("{model.name}"), "shipped", {LAYER})')
+        cell = "import os\nfrom nb_utils import engine, measurements, models, plots, saes, tables, tasks, vectors\n" + (
+            f'sae = saes.load(models.load("{model.name}"), "shipped", {LAYER})\nprint(os.getppid())')
         kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
         cells = [new_markdown_cell("# Start"), new_code_cell("seed = 0", metadata={"tags": ["parameters"]})]
         nbformat.write(new_notebook(cells=[*cells, new_code_cell(cell)], metadata={"kernelspec": kernel}), source)
@@ -198,7 +198,9 @@ def start_up(model, repeats):
             start = time.perf_counter()
             subprocess.run(command, env=os.environ | more, check=True, stdout=subprocess.DEVNULL)
             whole = time.perf_counter() - start
-            return whole, nbformat.read(output, as_version=4).cells[-1].metadata.papermill.duration
+            last = nbformat.read(output, as_version=4).cells[-1]
+            assert (int(last.outputs[-1].text) == parent.pid) == bool(more), "a kernel of the wrong kind: run it again"
+            return whole, last.metadata.papermill.duration
 
         rows = []
         try:
@@ -215,23 +217,27 @@ def start_up(model, repeats):
     return rows
 
 
-def alone(work, model):
-    """Run ``work`` in a fork of this process; return its processor seconds and by how much its memory rose at most."""
+def alone(work, model, copies=1):
+    """Run ``work`` in forks of this process; return their processor seconds and how much their memory rose at most."""
     reader, writer = os.pipe()
-    if os.fork() == 0:
+    for _ in range(copies):
+        if os.fork():
+            continue
         for weight in model.hf.parameters():
             weight.sum()  # maps the weights, which are files, before we look at the memory
         Path("/proc/self/clear_refs").write_text("5")  # forgets the highest mark so far
         before = _memory("VmRSS")
         start = time.process_time()
         work()
-        os.write(writer, f"{time.process_time() - start} {_memory('VmHWM') - before}".encode())
+        os.write(writer, f"{time.process_time() - start} {_memory('VmHWM') - before}\n".encode())
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as stream:
-        said = stream.read()
-    os.wait()
-    return tuple(map(float, said.split()))
+        said = [tuple(map(float, line.split())) for line in stream]
+    for _ in range(copies):
+        os.wait()
+    assert len(said) == copies, "a fork died"
+    return tuple(map(sum, zip(*said, strict=True)))
 
 
 def _memory(name):
@@ -264,9 +270,10 @@ def growth(model):
     works |= {("gradient rows", n): descend(site, LAYER, n, kept) for n in (1, 4, 16, 64)}
     works |= {("blocks after the vector", model.n_layers - 1 - at): descend(site, at, 4, kept) for at in (4, 8, 12, 16)}
     works |= {("latents of the SAE", d_sae): clean(d_sae) for d_sae in (1024, 4096, 16384, 65536)}
+    works |= {("tasks at a time", n): works["features", 16] for n in (1, 2, 4)}
     rows = []
     for (axis, size), work in works.items():
-        seconds, peak = alone(work, model)
+        seconds, peak = alone(work, model, size if axis == "tasks at a time" else 1)
         rows.append(row("growth", axis, seconds, size=size, peak=peak))
         print(f"{axis:28} {size:8} {seconds:9.3f} s {peak / 1e6:9.0f} MB", flush=True)
     for name in ("tiny", "smollm2-135m-instruct", model.name):
@@ -302,10 +309,14 @@ def main():
     if args.only:
         return globals()[args.only](model, *[args.repeats] * (args.only != "growth"))
     rates = [matmul_rate() for _ in range(3)]
+    begun = time.monotonic()
     rows = growth(model)  # first: it forks, which the libraries below may not survive
+    print(f"growth: {time.monotonic() - begun:.0f} s in all", flush=True)
     for part in (cleaning_step, heatmap, extraction, sae_training, start_up):
+        begun = time.monotonic()
         rows += part(model, args.repeats)
         rates.append(matmul_rate())
+        print(f"{part.__name__}: {time.monotonic() - begun:.0f} s in all", flush=True)
     rows += [row("matmul", "machine", 2 * 2048**3 / rate, flops=2 * 2048**3, repeat=i) for i, rate in enumerate(rates)]
     print(f"matmul: {statistics.median(rates) / 1e9:.0f} GFLOP/s")
     origin = tables.provenance({"repeats": args.repeats, "machine": machine()}, model.sha256, {})

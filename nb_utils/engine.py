@@ -4,6 +4,8 @@ A vector added at one position of layer L changes only that position and later o
 So the blocks up to L, and the keys and values of every earlier position, are computed once per set of prompts
 (`Site.prepare`); each evaluation replays just the blocks after L on the few positions that can change, for many
 vectors at once. Losses and gradients equal those of a full forward pass with a hook.
+
+This is the only place that works on the model's device: what comes in may lie anywhere, what goes out is on the CPU.
 """
 
 import os
@@ -141,7 +143,7 @@ class Site:
         """Return the residual stream at the steered position after block ``at``; vectors apply after ``layer``."""
         if at < layer:
             raise ValueError(f"A vector applied after block {layer} does not reach block {at}: it is earlier.")
-        return self._run(vectors, layer, mode, at + 1)[:, :, 0]
+        return self._run(vectors, layer, mode, at + 1)[:, :, 0].cpu()
 
     def _run(self, vectors, layer, mode, end: int | None = None) -> Float[Tensor, "n batch suffix d_model"]:
         """Run the blocks after ``layer`` (up to ``end``) on the suffix, for every vector."""
@@ -149,7 +151,7 @@ class Site:
             raise ValueError(f"mode is 'add' or 'replace', not {mode!r}.")
         base = self.residual[layer]
         n, (batch, suffix, d_model) = len(vectors), base.shape
-        v = vectors.to(base.dtype)[:, None, :].expand(n, batch, d_model)
+        v = vectors.to(base)[:, None, :].expand(n, batch, d_model)
         first = base[:, 0] + v if mode == "add" else v
         stream = torch.cat([first[:, :, None], base[:, 1:].expand(n, -1, -1, -1)], dim=2)
         stream = stream.reshape(n * batch, suffix, d_model)
@@ -178,7 +180,7 @@ class Site:
             vocabulary.weight, vocabulary.index[self.labels])
         logits = _capped(hidden @ weight.T, self.model).float()
         nll = logits.logsumexp(-1) - logits.gather(-1, labels.expand(len(vectors), -1)[..., None])[..., 0]
-        return nll.sum(-1) / len(self.prompts)
+        return (nll.sum(-1) / len(self.prompts)).cpu()
 
     def _chunk(self, blocks: int, width: int) -> int:
         """Return how many vectors fit into the budget if ``blocks`` blocks and ``width`` logits a label are held."""
@@ -201,7 +203,9 @@ class Site:
         return Scores(*(torch.cat([getattr(part, name) for part in parts]) for name in Scores.__dataclass_fields__))
 
     def _score(self, vectors, layer, mode, reference) -> Scores:
-        nll, best, kl = (found.cpu() for found in self._read_out(self.hidden(vectors, layer, mode), reference))
+        hidden = self.hidden(vectors, layer, mode)
+        reference = None if reference is None else reference.to(hidden.device)
+        nll, best, kl = (found.cpu() for found in self._read_out(hidden, reference))
         shape = (len(vectors), len(self.prompts), int(self.place.max()) + 1)
         spots = (slice(None), self.rows[0].cpu(), self.place.cpu())
         padded, hit = torch.full(shape, float("nan")), torch.zeros(shape, dtype=torch.bool)
@@ -256,10 +260,11 @@ class Site:
         ``batch`` counts the prompts whose answer has that many tokens.
         """
         hidden = self.hidden(vectors, layer, mode)[:, self.place == place]
-        return _capped(hidden @ self.model.hf.lm_head.weight.T, self.model).float().log_softmax(-1)
+        return _capped(hidden @ self.model.hf.lm_head.weight.T, self.model).float().log_softmax(-1).cpu()
 
     def take(self, order: Int[Tensor, " kept"]) -> "Site":
         """Return the site of some of the prompts, without running the model."""
+        order = order.to(self.rows.device)
         new = torch.full((len(self.prompts),), -1, device=order.device)
         new[order] = torch.arange(len(order), device=order.device)
         here = new[self.rows[0]] >= 0
@@ -275,12 +280,11 @@ class Site:
 
     def unsteered(self) -> Scores:
         """Score the prompts as they are."""
-        zero = torch.zeros(1, self.model.d_model, device=self.model.device)
-        return self.evaluate(zero, len(self.residual) - 1)
+        return self.evaluate(torch.zeros(1, self.model.d_model), len(self.residual) - 1)
 
     def at(self, layer: int) -> Float[Tensor, "batch d_model"]:
         """Return the unsteered residual stream after block ``layer`` at the steered position."""
-        return self.residual[layer][:, 0]
+        return self.residual[layer][:, 0].cpu()
 
 
 @dataclass(frozen=True)
@@ -298,15 +302,14 @@ def vocabulary(site: Site, *others: Site, keep: int = 16384) -> Vocabulary:
     A softmax over these costs a sixteenth of the full one on Gemma 3; `reproduce` in the book states the difference.
     """
     weight = site.model.hf.lm_head.weight
-    zero = torch.zeros(1, site.model.d_model, device=weight.device)
-    mean = torch.zeros(len(weight), device=weight.device)
+    zero, mean = torch.zeros(1, site.model.d_model), torch.zeros(len(weight))
     for s in (site, *others):
-        order = torch.arange(len(s.prompts), device=weight.device)
+        order = torch.arange(len(s.prompts))
         for part in order.split(max(1, BYTE_BUDGET // (12 * len(weight)))):
             mean += s.take(part).log_probs(zero, len(s.residual) - 1).exp().sum((0, 1)) / len(order)
     for s in (site, *others):
-        mean[s.labels] = torch.inf
-    ids = mean.topk(min(keep, len(mean))).indices.sort().values
+        mean[s.labels.cpu()] = torch.inf
+    ids = mean.topk(min(keep, len(mean))).indices.sort().values.to(weight.device)
     index = torch.full((len(mean),), -1, device=weight.device)
     index[ids] = torch.arange(len(ids), device=weight.device)
     return Vocabulary(weight[ids].contiguous(), index)
@@ -328,7 +331,7 @@ def residuals(model: Model, prompts, positions, layers, batch: int = 16) -> dict
         handles = []
         for layer in layers:
             def keep(_, args, out, layer=layer, row=row, column=column):
-                kept[layer].append(_stream(out)[row, column])
+                kept[layer].append(_stream(out)[row, column].cpu())
                 if layer == max(layers):
                     raise _Enough
 

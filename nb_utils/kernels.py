@@ -48,7 +48,8 @@ def version() -> str:
 def serve(path: str | Path, model: str | None = None) -> None:
     """Warm up, then fork a kernel for every connection to the socket ``path``, until standard input ends.
 
-    ``model`` is loaded as `nb_utils.models.load` does by default; one that cannot be loaded is left to the runs.
+    ``model`` is loaded to the CPU, from where each kernel takes it to its device; one that cannot be loaded is left to
+    the runs.
     """
     path, ours = Path(path), version()
     mask = os.umask(0o177)
@@ -79,6 +80,7 @@ def _warm_up(model: str | None) -> None:
 
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # as in any kernel; read on import
     tqdm.monitor_interval = 0  # a thread would not survive the fork
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # nor would CUDA, which asking for a GPU would start otherwise
     for module in MODULES:
         importlib.import_module(module)
     if model:

@@ -110,7 +110,7 @@ def continuations(
 
     def steer(block, args, out):
         stream = out[0] if isinstance(out, tuple) else out
-        stream[:, -1] += vectors.to(stream.dtype)
+        stream[:, -1] += vectors.to(stream)
 
     handle = model.hf.model.layers[layer].register_forward_hook(steer)
     try:

@@ -131,19 +131,35 @@ _KEPT: dict[tuple, Model] = {}  # only in the parent of forked kernels, see nb_u
 
 
 def keep(name: str) -> None:
-    """Load a model as `load` does by default, which from then on returns it at once in this process and its forks."""
-    model = load(name)
-    _KEPT[name, "cpu", torch.float32] = model
+    """Load a model to the CPU, which from then on `load` takes from here, in this process and its forks."""
+    model = load(name, "cpu")
+    _KEPT[name, torch.float32] = model
 
 
-def load(name: str = "gemma-3-270m", device: str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
+def placement() -> str:
+    """Return where models go unless told otherwise: ``NB_DEVICE``; where that is unset, a GPU if there is one.
+
+    Raises ModelError for a device that torch does not have.
+    """
+    device = os.environ.get("NB_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(
+            f"There is no device {device!r} for torch here: set NB_DEVICE to cpu, cuda or cuda:1, or leave it unset."
+        ) from error
+    return device
+
+
+def load(name: str = "gemma-3-270m", device: str | None = None, dtype: torch.dtype = torch.float32) -> Model:
     """Load a model by name: an embedded one, ``tiny`` (random, for tests), a folder, or any hub name.
 
-    Raises ModelError when the name is unknown, a file does not hash to what it should, or there is no room to
-    convert it.
+    ``device``: where to (None: as `placement` says). Raises ModelError when the name is unknown, a file does not hash
+    to what it should, or there is no room to convert it.
     """
-    if (name, device, dtype) in _KEPT:
-        return _KEPT[name, device, dtype]
+    device = placement() if device is None else device
+    if kept := _KEPT.get((name, dtype)):
+        return kept if device == "cpu" else replace(kept, hf=_twin(kept.hf, dtype).to(device))
     if name == TINY:
         return _tiny(device, dtype)
     folder = _converted(name) if name in EMBEDDED else Path(name)
@@ -304,7 +320,7 @@ def _tiny(device: str, dtype: torch.dtype) -> Model:
         num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, sliding_window=16, pad_token_id=0, eos_token_id=1,
         bos_token_id=2, layer_types=["sliding_attention", "full_attention"] * 3, architectures=["Gemma3ForCausalLM"],
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         hf = Gemma3ForCausalLM(config)
         for parameter in hf.parameters():  # large enough that blocks matter, small enough not to saturate a softmax

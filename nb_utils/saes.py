@@ -112,7 +112,7 @@ def load(model: Model, sae_set: str | Path, layer: int, allow_other_model: bool 
         sae, name, sha256 = _read_folder(source), source.name, files.sha256(source / WEIGHTS)
     else:
         sae, name, sha256 = _read_release(source), source, f"hub:{source}"
-    ours = from_saelens(sae, name, str(sae_set), sha256, device=getattr(model, "device", "cpu"))
+    ours = from_saelens(sae, name, str(sae_set), sha256)
     if ours.layer != layer:
         raise SaeError(
             f"{name} reads {ours.hook_name}, the output of block {ours.layer}, not of block {layer}: "
@@ -152,12 +152,12 @@ def random(model: Model, layer: int, d_sae: int = 64, seed: int = 0) -> Sae:
     hook = f"blocks.{layer}.hook_resid_post"
     return Sae(
         name=f"random.{hook}", sae_set="random", hook_name=hook, layer=layer, architecture="jumprelu", k=None,
-        sha256=digest.hexdigest(), **{name: tensor.to(model.device) for name, tensor in tensors.items()},
+        sha256=digest.hexdigest(), **tensors,
     )
 
 
 @torch.no_grad()
-def from_saelens(sae, name: str, sae_set: str, sha256: str, device="cpu") -> Sae:
+def from_saelens(sae, name: str, sae_set: str, sha256: str) -> Sae:
     """View an SAE of SAELens that is in memory as ours; its encode and decode are the same functions.
 
     A gated SAE becomes a JumpReLU one: as both paths share their weights, the gate ``x W + b_gate > 0`` is a
@@ -199,7 +199,7 @@ def from_saelens(sae, name: str, sae_set: str, sha256: str, device="cpu") -> Sae
     tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec, "threshold": threshold}
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise SaeError(f"{name} is damaged: it holds weights that are not finite numbers; fetch it again.")
-    tensors = {key: tensor.contiguous().to(device) for key, tensor in tensors.items()}
+    tensors = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
     return Sae(
         name=name, sae_set=sae_set, hook_name=cfg.metadata.hook_name, layer=layer, architecture=architecture,
         k=k, sha256=sha256, **tensors,

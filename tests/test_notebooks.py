@@ -109,7 +109,7 @@ def test_settings_of_the_workflow_name_only_known_parameters(path):
         settings = yaml.safe_load((ROOT / f"workflow/{size}.yaml").read_text())
         assert set(settings["parameters"].get(path.stem, {})) <= set(runs.known_parameters(path))
     for model, own in yaml.safe_load((ROOT / "workflow/models.yaml").read_text())["models"].items():
-        assert set(own) <= {"every", *(other.stem for other in EXPERIMENTS)}, model
+        assert set(own) <= {"every", "more_mb", *(other.stem for other in EXPERIMENTS)}, model
         assert set(own.get("every", {}) | own.get(path.stem, {})) <= set(runs.known_parameters(path)), model
 
 

@@ -15,9 +15,11 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.test_workflow import STEMS, project, runs_of  # noqa: F401
+from tests.test_workflow import ROOT, STEMS, project, runs_of  # noqa: F401
 
+NEEDS = yaml.safe_load((ROOT / "workflow/needs.yaml").read_text())["needs"]
 CONFIGURATION = Path("/etc/slurm/slurm.conf")  # inside a job, nothing else is looked for
 SEARCH = f"{os.environ['PATH']}:/usr/sbin"
 MISSING = [name for name in ("slurmctld", "slurmd", "sbatch", "munged") if not shutil.which(name, path=SEARCH)]
@@ -118,6 +120,10 @@ def command(project):  # noqa: F811
     ]  # fmt: skip
 
 
+def clock(minutes):
+    return f"{minutes // 60}:{minutes % 60:02}:00" if minutes >= 60 else f"{minutes}:00"
+
+
 def jobs(environ):
     listed = subprocess.run(["squeue", "-h", "-o", "%i"], env=environ, capture_output=True, text=True)
     return listed.stdout.split()
@@ -134,7 +140,8 @@ def test_jobs_have_memory_and_time_and_go_on_when_the_head_is_killed(project, cl
     try:
         wait_for(lambda: (project / "started").exists(), seconds=240)
         asked = subprocess.run(["squeue", "-h", "-o", "%m %l"], env=cluster, capture_output=True, text=True).stdout
-        assert set(asked.splitlines()) == {"3500M 1:00:00"}
+        measured = {f"{need['mem_mb']}M {clock(need['runtime'])}" for need in NEEDS.values()}
+        assert asked and set(asked.splitlines()) <= measured
     finally:
         head.kill()  # the head alone: its jobs go on
         head.wait()
@@ -149,3 +156,25 @@ def test_jobs_have_memory_and_time_and_go_on_when_the_head_is_killed(project, cl
     assert done.returncode == 0, done.stdout + done.stderr
     assert finished(project) == runs_of("antonyms")
     assert len((project / "parents").read_text().split()) == len(STEMS)  # nothing ran twice to its end
+
+
+def test_the_workflow_goes_on_when_everything_is_killed(project, cluster):  # noqa: F811
+    (project / "slow").touch()
+    with (project / "said").open("w") as said:
+        head = subprocess.Popen(command(project), cwd=project, env=cluster, stdout=said, stderr=said)
+    try:
+        wait_for(lambda: (project / "started").exists(), seconds=240)
+    finally:
+        head.kill()
+        head.wait()
+    assert jobs(cluster)
+    subprocess.run(["scancel", "--signal=KILL", "--full", *jobs(cluster)], env=cluster)  # what runs dies at once
+    subprocess.run(["scancel", *jobs(cluster)], env=cluster)  # what waits never starts
+    wait_for(lambda: not jobs(cluster), seconds=120)
+    (project / "slow").unlink()
+    assert finished(project) == [] and not list(project.glob("results/runs/tables/*/tiny/*.parquet"))
+    subprocess.run([*command(project), "--unlock"], check=True, capture_output=True, cwd=project, env=cluster)
+    done = subprocess.run(command(project), cwd=project, env=cluster, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert finished(project) == runs_of("antonyms")
+    assert len((project / "parents").read_text().split()) == len(STEMS)

@@ -33,6 +33,8 @@ if Path("slow").exists():
     __import__("time").sleep(60)
 with Path("parents").open("a") as file:
     print(__import__("os").getppid(), file=file)
+with Path("budgets").open("a") as file:
+    print(__import__("os").environ["NB_BYTE_BUDGET"], file=file)
 table = Path(tables_dir, STEM, model, f"{task}.parquet")
 table.parent.mkdir(parents=True, exist_ok=True)
 table.touch()"""
@@ -138,3 +140,23 @@ def test_a_second_call_in_the_same_folder_runs_nothing_and_says_why(project):
         code, said, started = make(project, tasks="antonyms")
     assert code != 0 and not started
     assert "Nothing was run. Another call is running experiments in this folder" in said and "Traceback" not in said
+
+
+def test_batches_fit_the_memory_of_a_run_and_too_little_is_one_sentence(project, monkeypatch):
+    monkeypatch.delenv("NB_BYTE_BUDGET", raising=False)
+    needs = yaml.safe_load((ROOT / "workflow/needs.yaml").read_text())["needs"]
+    runs = [needs[stem] for stem in STEMS if stem in needs]
+    assert runs and all(4000 / 2 < run["mem_mb"] <= 4000 for run in runs)  # MEMORY=4G: one at a time
+
+    def given(memory, task):
+        (project / "budgets").unlink(missing_ok=True)
+        more = ("--resources", f"mem={memory}", "--until", f"run_{STEMS[0]}")
+        code, said, started = make(project, *more, tasks=task)
+        assert (code, started) == (0, runs_of(task, stems=STEMS[:1])), said
+        return int((project / "budgets").read_text())
+
+    assert given("4G", "antonyms") == 1 << 28
+    assert given(f"{max(run['mem_mb'] for run in runs) - 100}M", "en_es") == (1 << 28) - 100 * 10**6
+    code, said, started = make(project, "--resources", "mem=2G", tasks="en_fr")
+    assert code != 0 and not started and "Traceback" not in said
+    assert re.search(r"Nothing was run. \w+ needs \d.\d GB of memory for tiny, and MEMORY allows 2.0 GB: give it", said)

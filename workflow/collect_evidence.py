@@ -130,7 +130,7 @@ def collect(model: Model, loaded: list[Sae], text: Text, checkpoint: Path, every
         for first, end in chunks(text.document):
             if end <= done:
                 continue
-            activations = harvest(model.hf, text.rows[first:end].to(model.device), list(tallies))
+            activations = harvest(model.hf, text.rows[first:end], list(tallies))
             cuts = [0, *(np.flatnonzero(np.diff(text.document[first:end])) + 1), end - first]
             for sae in loaded:
                 for a, b in pairwise(cuts):
@@ -250,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
 def write(args: argparse.Namespace) -> None:
     """Collect the evidence for all layers asked for and write their tables."""
     corpus = build_corpus.read(cache_dir() / "corpus")
-    model = models.load(args.model).fast()
+    model = models.load(args.model, "cpu").fast()
     asked = [int(layer) for layer in args.layers.split(",")] if args.layers else saes.layers(model, args.sae_set)
     loaded = [saes.load(model, args.sae_set, layer) for layer in asked]
     text = showable(corpus.documents, model.tokenizer, int(args.tokens))

@@ -256,7 +256,7 @@ def main() -> None:
     folder = args.folder or saes.SHIPPED / args.model
     try:
         corpus = build_corpus.read(cache_dir() / "corpus")
-        model = models.load(args.model, dtype=models.fast_dtype(torch.device("cpu")))
+        model = models.load(args.model, "cpu", models.fast_dtype(torch.device("cpu")))
         loaded = [saes.load(model, folder, layer) for layer in saes.layers(model, folder)]
         stream = token_stream(model, "heldout", corpus)
         rows = windows(stream, math.ceil(args.tokens / (CONTEXT - 1)), model.tokenizer.bos_token_id)

@@ -236,7 +236,7 @@ def train(args):
     """Train, going on from the checkpoint of these settings if there is one, and save the SAEs."""
     layers = [int(layer) for layer in args.layers.split(",")]
     corpus = build_corpus.read(cache_dir() / "corpus")
-    model = models.load(args.model, dtype=DTYPE)
+    model = models.load(args.model, "cpu", DTYPE)
     del model.hf.model.layers[max(layers) + 1 :]
     settings = [args.d_sae, args.k, args.tokens, args.lr, args.icl_share, args.icl_from]
     settings += [model.sha256, corpus.sha256, layers, str(DTYPE)]

@@ -1,0 +1,174 @@
+"""Where models go, and that everything still meets there: on a stand-in for a GPU that refuses what a GPU refuses.
+
+No GPU is needed. A tensor of the stand-in names another device and keeps its values on the CPU, where its operations
+are computed; operations that mix devices, NumPy, and generators of the CPU raise, as they do on a real one.
+"""
+
+import functools
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from nb_utils import cleaning, engine, models, prompts, saes, tasks, vectors
+
+AWAY = torch.device("privateuseone:0")  # called faraway once it is registered
+MOVES = ("aten::_to_copy", "aten::copy_")
+INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
+
+
+@functools.cache
+def registered():
+    """Tell torch of the device, once; outside of these tests there is none."""
+
+    class Hook(backend_registration._DummyPrivateUse1Hook):
+        def is_available(self):
+            return Elsewhere.entered
+
+    backend_registration._setup_privateuseone_for_python_backend("faraway", hook=Hook())
+
+
+class Away(torch.Tensor):
+    """A tensor elsewhere; ``held`` has its values."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, held):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device=AWAY)
+
+    def __init__(self, held):
+        self.held = held
+
+    def tolist(self):  # allowed on any device
+        return self.held.tolist()
+
+    def numpy(self, *_, **__):
+        raise TypeError("can't convert a tensor of another device to numpy")
+
+    __array__ = numpy
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return computed(func, args, kwargs or {})
+
+
+class Elsewhere(TorchDispatchMode):
+    """Makes the stand-in's tensors where they are asked for."""
+
+    entered = False
+
+    def __enter__(self):
+        registered()
+        Elsewhere.entered = True
+        self.before = torch._C._only_lift_cpu_tensors()
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device=…) becomes a copy that we see
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        Elsewhere.entered = False
+        torch._C._set_only_lift_cpu_tensors(self.before)
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return computed(func, args, kwargs or {})
+
+
+def computed(func, args, kwargs):
+    """Compute an operation on the CPU, and place its result where a device of its own would have it."""
+    name, leaves = func._schema.name, tree_leaves((args, kwargs))
+    away = [leaf for leaf in leaves if isinstance(leaf, Away)]
+    here = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not isinstance(leaf, Away)]
+    asked = kwargs.get("device")
+    there = bool(away) if asked is None else torch.device(asked).type == AWAY.type
+    if there and any(isinstance(leaf, torch.Generator) for leaf in leaves):
+        raise RuntimeError(f"{name}: a generator of the CPU on another device")
+    if name in INDEXING:  # a device takes indices from the CPU, the CPU none from a device, and neither foreign values
+        if isinstance(args[0], Away) != bool(away) or len({isinstance(x, Away) for x in (args[0], *args[2:3])}) > 1:
+            raise RuntimeError(f"{name}: tensors of two devices")
+    elif away and name not in MOVES and any(leaf.ndim for leaf in here):
+        raise RuntimeError(f"{name}: tensors of two devices")
+    inside = {**kwargs, "device": torch.device("cpu")} if asked is not None else kwargs
+    out = func(*tree_map(_held, args), **tree_map(_held, inside))
+    if name.endswith("_") and not name.endswith("__"):
+        return args[0]
+    return tree_map(lambda leaf: Away(leaf) if isinstance(leaf, torch.Tensor) else leaf, out) if there else out
+
+
+def _held(leaf):
+    return leaf.held if isinstance(leaf, Away) else leaf
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    # Parameters of another class cannot be moved in place.
+    monkeypatch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
+    with Elsewhere():
+        monkeypatch.setenv("NB_DEVICE", str(AWAY))
+        yield
+
+
+REFUSED = {
+    "two devices": lambda there: there + torch.ones(2),
+    "indices of a device on the CPU": lambda there: torch.ones(2)[there.long()],
+    "foreign values": lambda there: there.index_put((torch.tensor([0]),), torch.ones(1)),
+    "numpy": lambda there: there.numpy(),
+    "a data frame": lambda there: pd.DataFrame({"x": there}),
+    "an array": lambda there: np.asarray(there),
+    "a generator": lambda there: torch.randn(2, generator=torch.Generator(), device=AWAY),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_the_stand_in_refuses_what_a_device_refuses(elsewhere, what):
+    there = torch.ones(2, device=AWAY)
+    assert (there * 2).cpu().tolist() == [2, 2] and there[torch.tensor([1])].item() == 1
+    with pytest.raises((RuntimeError, TypeError)):
+        REFUSED[what](there)
+
+
+def measured(lm):
+    """Everything that the engine gives, and a cleaning: tensors of the CPU, whatever the device."""
+    splits = tasks.split(tasks.load("antonyms"))
+    site = engine.Site.prepare(lm, prompts.zero_shot(lm.tokenizer, splits.test[:6]))
+    few = engine.Site.prepare(lm, prompts.few_shot(lm.tokenizer, splits.vector, splits.test[:6], 4, seed=0))
+    at = vectors.separators(lm, splits.vector, [2], 4, 4)
+    sae, steer = saes.load(lm, "random", 2), torch.randn(3, lm.d_model, generator=torch.Generator().manual_seed(0))
+    given = steer.clone().requires_grad_()
+    site.loss(given, 2).sum().backward()
+    kept = engine.vocabulary(site)
+    reference = few.log_probs(torch.zeros(1, lm.d_model), lm.n_layers - 1)[0]
+    scores = site.take(torch.tensor([4, 1, 2])).evaluate(steer, 2, reference=reference[[4, 1, 2]])
+    problem = cleaning.Problem(site, site, 2, vocabulary=kept, batch=4)
+    cleaned = cleaning.clean(problem, sae, sae.pre_activations(vectors.task_vector(at, 2))[None], [1.0], steps=3)[0]
+    path = cleaning.prune_with_refit(problem, sae, cleaned.codes[None], (4, 2), steps=2)[0]
+    return {
+        "gradient": given.grad, "loss": site.loss(steer, 2, vocabulary=kept), "nll": scores.nll, "kl": scores.kl,
+        "exact": scores.exact, "replaced": site.evaluate(steer, 2, "replace").nll, "read": site.read(steer, 2, 4),
+        "at": site.at(3), "few": at.few[2], "zero": at.zero[2], "cleaned": cleaned.vector, "pruned": path[-1].codes,
+        "unsteered": site.unsteered().token_loss(),
+        "learned": cleaning.learned_vector(problem, steer, steps=2)[0].vector,
+    }  # fmt: skip
+
+
+def test_the_engine_gives_the_same_from_another_device(elsewhere):
+    there = measured(models.load("tiny"))
+    for name, here in measured(models.load("tiny", "cpu")).items():
+        assert not isinstance(there[name], Away), f"{name} was left elsewhere"
+        torch.testing.assert_close(there[name], here, rtol=1e-4, atol=1e-4, equal_nan=True, msg=name)
+
+
+def test_models_go_where_they_are_told_and_to_a_gpu_if_there_is_one(monkeypatch):
+    monkeypatch.delenv("NB_DEVICE", raising=False)
+    assert models.placement() == ("cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setenv("NB_DEVICE", "cpu")
+    assert models.placement() == "cpu" == models.load("tiny").device.type
+    for wrong in ("gpu", "xpu:7"):
+        monkeypatch.setenv("NB_DEVICE", wrong)
+        with pytest.raises(models.ModelError, match=f"There is no device '{wrong}' for torch here: set NB_DEVICE"):
+            models.load("tiny")
