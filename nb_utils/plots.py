@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
@@ -439,6 +440,32 @@ def loss_by_scale(frame: pd.DataFrame, whole: int, ax: Axes | None = None) -> Ax
     ax.axhline(zero, color=COLORS["zero_shot"], ls=STYLES["none"], lw=1.4, zorder=1)
     ax.set(xlabel="scale (of residual norm)", ylabel=UNITS["loss"], ylim=(0, 2.2 * zero))
     return ax
+
+
+def loss_by_prompts(frame: pd.DataFrame) -> Figure:
+    """Draw loss against the number of training prompts, a panel per method; bands are 95 % intervals over tasks.
+
+    ``frame``: method, prompts (in order), on, choice and loss, one row per task. Drawn are test losses for both
+    choices of the step, and the loss on training prompts where validation pairs chose it.
+    """
+    what = {
+        ("test", "validation"): "test, step chosen on validation",
+        ("test", "train"): "test, step chosen on training prompts",
+        ("train", "validation"): "training prompts",
+    }
+    names = [what.get(pair) for pair in zip(frame["on"], frame["choice"], strict=True)]
+    counts = pd.Categorical(frame["prompts"], list(dict.fromkeys(frame["prompts"])))
+    drawn = frame.assign(what=names, prompts=counts).dropna(subset="what")
+    methods = list(dict.fromkeys(drawn["method"]))
+    figure, axes = plt.subplots(1, len(methods), figsize=(3.8 * len(methods), 3.6), sharey=True, squeeze=False)
+    for ax, method in zip(axes[0], methods, strict=True):
+        sns.lineplot(
+            drawn[drawn["method"] == method], x="prompts", y="loss", style="what", style_order=what.values(),
+            markers=True, color=COLORS[method], legend=method == methods[-1], ax=ax,
+        )  # fmt: skip
+        ax.set(title=label(method), xlabel="training prompts", ylabel=UNITS["loss"])
+    axes[0, -1].legend(title=None, fontsize=8.5)
+    return figure
 
 
 def token_activations(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:

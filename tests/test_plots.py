@@ -445,3 +445,19 @@ def test_heat_maps_of_steering_mark_where_a_feature_was_found():
     assert hollow == [[1, 0]] and full == [[0, 0], [0, 1]]
     assert [tick.get_text() for tick in left.get_yticklabels()] == ["7", "8"]
     assert right.images[0].get_array().tolist() == [[1, 0], [0, 1]]
+
+
+def test_loss_by_prompts_has_a_panel_per_method_and_a_line_for_each_thing_that_generalises():
+    judges = ("validation", "train")
+    rows = itertools.product(("clean", "prune_contrast"), ("6", "all"), ("test", "train"), judges, "ab")
+    frame = pd.DataFrame(rows, columns=["method", "prompts", "on", "choice", "task"])
+    axes = plots.loss_by_prompts(frame.assign(loss=range(len(frame)))).axes
+    assert [ax.get_title() for ax in axes] == ["cleaned", "pruned, contrast codes"]
+    assert [text.get_text() for text in axes[0].get_xticklabels()] == ["6", "all"]
+    first = frame.assign(loss=range(len(frame)))
+    for ax, method in zip(axes, ("clean", "prune_contrast"), strict=True):
+        drawn = [line for line in ax.lines if len(line.get_xdata()) == 2]
+        own = first[first["method"] == method].groupby(["on", "choice", "prompts"])["loss"].mean()
+        wanted = [own[pair].tolist() for pair in (("test", "validation"), ("test", "train"), ("train", "validation"))]
+        assert [list(line.get_ydata()) for line in drawn] == wanted
+        assert {to_hex(line.get_color()) for line in drawn} == {plots.COLORS[method].lower()}
