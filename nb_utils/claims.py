@@ -189,6 +189,14 @@ class Book:
         found = found.assign(gain=metrics.steering_gain(found)).fillna({"gain": 0})
         return found.pivot(index="latent", columns="task", values="gain")
 
+    # Experiment 06
+
+    def trained(self, prompts: str, choice: str = "validation", method: str = "prune_contrast") -> pd.DataFrame:
+        """Return test rows of vectors trained on so many prompts ("all": every pair), by who chose the step."""
+        found = rows(self.table("06_training_prompts"), on="test", method=method, prompts=prompts, choice=choice)
+        if found.empty:
+            raise ClaimError(f"No vector of experiment 06 was trained on {prompts} prompts.")
+        return found
     # Experiment 07
 
     @cached_property
@@ -470,6 +478,22 @@ def english_shares_a_feature(book: Book) -> Comparison:
     return over_tasks(english.loc[english.min(axis=1).idxmax()])
 
 
+# 06 Training prompts
+
+
+@number
+def more_prompts_help(book: Book) -> Comparison:
+    return compare(book.trained("all"), book.trained("24"))
+
+
+@number
+def early_choice_helps(book: Book) -> Comparison:
+    return compare(book.trained("24"), book.trained("24", choice="train"))
+
+
+@number
+def early_choice_still_helps(book: Book) -> Comparison:
+    return compare(book.trained("all"), book.trained("all", choice="train"))
 # 07 Illusion test
 
 
