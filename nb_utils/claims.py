@@ -130,7 +130,8 @@ class Book:
     @cached_property
     def transfer_late(self) -> int:
         read = rows(self.transfer, method="clean")["read"]
-        return int(read[read <= 11].max())
+        before_the_last = read[read <= 11] if (read <= 11).any() else read  # the blocks of the book's own model
+        return int(before_the_last.max())
 
     def woken(self, column: str, method: str, layer: int | None = None) -> pd.Series:
         """Return one number a task of what a vector wakes, from the earliest block to the late one."""
