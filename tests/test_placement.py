@@ -5,6 +5,9 @@ are computed; operations that mix devices, NumPy, and generators of the CPU rais
 """
 
 import functools
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -104,8 +107,21 @@ def _held(leaf):
     return leaf.held if isinstance(leaf, Away) else leaf
 
 
+ALONE = "TEST_PLACEMENT_ALONE"
+
+
+@pytest.mark.skipif(ALONE in os.environ, reason="this is that process")
+def test_the_stand_in_in_a_process_of_its_own():
+    # Torch's autograd counts devices when it first runs: in a process that has used it, a new one comes too late.
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, ALONE: "1"})
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
 @pytest.fixture
 def elsewhere(monkeypatch):
+    if ALONE not in os.environ:
+        pytest.skip("runs in a process of its own")
     # Parameters of another class cannot be moved in place.
     monkeypatch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
     with Elsewhere():
