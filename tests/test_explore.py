@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, export_code
+from playwright.sync_api import expect
 
 from nb_utils import tables, tasks, widgets
 
@@ -326,10 +327,9 @@ def test_the_strip_follows_a_typed_prompt(live, backend):
     strip.locator('[data-field="layer"]').select_option("8")
     strip.locator('[data-field="executor"]').fill("1866")
     strip.locator('[data-field="prompt"]').fill("up -> down\nbig -> small\n<i>hot ->")
-    strip.locator(".nbw-strip code", has_text="<i>").or_(strip.locator(".nbw-strip code", has_text="<")).first.wait_for(
-        timeout=WAIT)  # fmt: skip
     read = microscope.prompt(backend.model.tokenizer, "up -> down\nbig -> small\n<i>hot ->")
     found = microscope.activations(backend.model, backend.sae(8), read, [1866])[1:, 0]
-    numbers = strip.locator(".nbw-strip").nth(1).locator("small").all_inner_texts()[1:]
-    assert numbers == [str(int(a + 0.5)) if a > 0 else "·" for a in found.tolist()]
+    shown = strip.locator(".nbw-strip").nth(1).locator("small")
+    expect(shown).to_have_count(len(found) + 1, timeout=WAIT)  # BOS first; the strip before had more tokens
+    assert shown.all_inner_texts()[1:] == [str(int(a + 0.5)) if a > 0 else "·" for a in found.tolist()]
     assert found.max() > 0
