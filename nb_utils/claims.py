@@ -198,6 +198,7 @@ class Book:
         if found.empty:
             raise ClaimError(f"No vector of experiment 06 was trained on {prompts} prompts.")
         return found
+
     # Experiment 07
 
     @cached_property
