@@ -31,17 +31,12 @@ class RunError(ValueError):
     """A run that cannot start or did not finish; the message is one sentence for the user."""
 
 
-class KernelManager(AsyncKernelManager):
-    """Start a kernel that listens at files of its own: a free port can be another's by the time that it is bound.
-
-    Where a warm parent of `nb_utils.kernels` listens at ``NB_KERNELS``, the kernel is a copy of it.
-    """
-
-    transport = "ipc"
+class ForkedKernelManager(AsyncKernelManager):
+    """Start each kernel as a copy of the warm parent of `nb_utils.kernels` that listens at ``NB_KERNELS``."""
 
     def format_kernel_cmd(self, extra_arguments=None):
-        command, parent = super().format_kernel_cmd(extra_arguments), os.environ.get("NB_KERNELS")
-        return [*command[:2], "nb_utils.kernels", parent, "--attach", *command[3:]] if parent else command
+        command = super().format_kernel_cmd(extra_arguments)
+        return [*command[:2], "nb_utils.kernels", os.environ["NB_KERNELS"], "--attach", *command[3:]]
 
 
 def known_parameters(notebook: str | Path) -> dict[str, object]:
@@ -92,7 +87,7 @@ def _execute(notebook, parameters: Mapping[str, object], scratch: Path, failed: 
             papermill.execute_notebook(
                 str(notebook), str(scratch), parameters=dict(parameters), kernel_name="python3",
                 progress_bar=False, log_output=True, start_timeout=600,  # the parent may be loading a large model
-                kernel_manager_class=KernelManager,
+                **({"kernel_manager_class": ForkedKernelManager} if os.environ.get("NB_KERNELS") else {}),
             )
         run = nbformat.read(scratch, as_version=4)
         if run.metadata.papermill.get("exception") or not run.metadata.papermill.get("end_time"):

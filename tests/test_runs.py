@@ -121,9 +121,3 @@ def test_the_command_refuses_a_file_that_is_no_notebook(tmp_path, capsys):
     (tmp_path / "01.ipynb").write_text("no notebook")
     assert runs.main([str(tmp_path / "01.ipynb"), "-o", str(tmp_path / "out.ipynb")]) == 1
     assert "is not a notebook" in capsys.readouterr().err
-
-
-def test_a_kernel_takes_no_port_that_another_could_have_taken_first(notebook, tmp_path):
-    ask = "import json, ipykernel.connect\nprint(json.loads(ipykernel.connect.get_connection_info())['transport'])"
-    runs.execute(notebook(ask), {}, tmp_path / "run.ipynb")
-    assert nbformat.read(tmp_path / "run.ipynb", as_version=4).cells[-1].outputs[0].text == "ipc\n"
