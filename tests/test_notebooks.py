@@ -113,6 +113,27 @@ def test_settings_of_the_workflow_name_only_known_parameters(path):
         assert set(own.get("every", {}) | own.get(path.stem, {})) <= set(runs.known_parameters(path)), model
 
 
+@pytest.mark.parametrize("size", ["book", "report"])
+def test_settings_of_the_workflow_ask_of_an_experiment_only_what_those_before_it_make(size):
+    """The tiny runs share their layers, so they cannot find that an experiment looks for vectors after other ones."""
+    settings = yaml.safe_load((ROOT / f"workflow/{size}.yaml").read_text())["parameters"]
+    models = yaml.safe_load((ROOT / "workflow/models.yaml").read_text())["models"]
+    defaults = {path.stem: runs.known_parameters(path) for path in EXPERIMENTS}
+    for model, own in {"the default": {}, **models}.items():
+
+        def asked(stem, key, own=own):
+            given = {**defaults[stem], **settings.get(stem, {}), **own.get("every", {}), **own.get(stem, {})}
+            return str(given[key]).split(",")
+
+        executors, detectors = asked("05_cross_task_steering", "layers")
+        made = asked("02_cleanup", "layers")
+        assert {executors, *asked("08_side_effects", "layers")} <= set(made), model
+        assert detectors in asked("04_detectors", "layers"), model
+        assert set(asked("08_side_effects", "sizes")) <= set(asked("02_cleanup", "sizes")), model
+        penalties = [float(penalty) for penalty in asked("02_cleanup", "penalties")]
+        assert float(*asked("08_side_effects", "penalty")) in penalties, model
+
+
 def runner(folder):
     """Run an experiment on the tiny model, once, after those whose tables it reads; return the folder of tables."""
     needs, done = workflow_needs(), set()
