@@ -125,25 +125,18 @@ def prune_with_refit(
     """
     codes = start.clone()
     paths = [[] for _ in codes]
-    step = 0
-    for size in sizes:
+    total = steps * len(sizes)
+    for stage, size in enumerate(sizes):
         codes = keep_largest(codes, size, sae)
-        kept = codes != 0
-        unit = (codes.abs().sum(1) / kept.sum(1).clamp_min(1)).clamp_min(1e-9)[:, None]
-        weights = (codes / unit).requires_grad_()
+        unit = (codes.abs().sum(1) / (codes != 0).sum(1).clamp_min(1)).clamp_min(1e-9)[:, None]
+        stopped = False
 
-        def decode(weights=weights, unit=unit, kept=kept):
-            signed = weights * unit * kept
-            return signed, signed @ sae.W_dec, torch.zeros(len(signed), device=signed.device)
+        def tell(step, first=stage * steps):
+            nonlocal stopped
+            stopped = progress is not None and bool(progress(first + step, total))
+            return stopped
 
-        checks, stopped = [], False
-        for check in _descend(problem, [weights], decode, lr, steps, check_every, step):
-            if check.validation is not None:
-                checks.append(check)
-            if stopped := progress is not None and progress(step + check.step, steps * len(sizes)):
-                break
-        step += steps
-        best = [_kept(checks, i) for i in range(len(codes))]
+        best = refit(problem, sae, codes, unit, lr, steps, check_every, stage * steps, tell)
         for path, result in zip(paths, best, strict=True):
             path.append(result)
         codes = torch.stack([result.codes for result in best])
@@ -154,12 +147,13 @@ def prune_with_refit(
 
 def refit(
     problem: Problem, sae: Sae, start: Float[Tensor, "n d_sae"], unit: Float[Tensor, "#n #d_sae"], lr: float = 0.1,
-    steps: int = 20, check_every: int = 4,
+    steps: int = 20, check_every: int = 4, first: int = 0, progress: Callable[[int], bool] | None = None,
 ) -> list[Cleaned]:
     """Tune the weights of signed codes on a frozen support: what is 0 stays 0, one result per row.
 
     ``unit``: the code that ``lr`` refers to. With one unit for all rows, a start that stands for a short vector goes
-    as far as one for a long vector. The decoder bias is not used.
+    as far as one for a long vector. The decoder bias is not used. ``first``: steps taken before, whose batches are not
+    drawn again. ``progress`` is told of every step and stops after it by answering True.
     """
     kept = start != 0
     weights = (start / unit).requires_grad_()
@@ -168,7 +162,12 @@ def refit(
         codes = weights * unit * kept
         return codes, codes @ sae.W_dec, torch.zeros(len(codes), device=codes.device)
 
-    checks = [c for c in _descend(problem, [weights], decode, lr, steps, check_every) if c.validation is not None]
+    checks = []
+    for check in _descend(problem, [weights], decode, lr, steps, check_every, first):
+        if check.validation is not None:
+            checks.append(check)
+        if progress is not None and progress(check.step):
+            break
     return [_kept(checks, i) for i in range(len(start))]
 
 

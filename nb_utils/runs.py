@@ -10,7 +10,9 @@ import ast
 import logging
 import os
 import sys
+import tempfile
 import time
+import uuid
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,7 @@ import papermill
 from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
+from traitlets import default
 
 from nb_utils import files
 
@@ -31,12 +34,25 @@ class RunError(ValueError):
     """A run that cannot start or did not finish; the message is one sentence for the user."""
 
 
-class ForkedKernelManager(AsyncKernelManager):
-    """Start each kernel as a copy of the warm parent of `nb_utils.kernels` that listens at ``NB_KERNELS``."""
+class KernelManager(AsyncKernelManager):
+    """Start a kernel that listens at files of its own: a port that was free could be another's once it is bound.
+
+    Where ``NB_KERNELS`` names the warm parent of `nb_utils.kernels`, the kernel is a copy of that.
+    """
+
+    @default("transport")
+    def _files(self):
+        return "ipc"
+
+    @default("ip")
+    def _own(self):
+        return str(Path(tempfile.gettempdir(), f"kernel-{uuid.uuid4()}"))  # short: a socket's path has 107 characters
 
     def format_kernel_cmd(self, extra_arguments=None):
         command = super().format_kernel_cmd(extra_arguments)
-        return [*command[:2], "nb_utils.kernels", os.environ["NB_KERNELS"], "--attach", *command[3:]]
+        if socket := os.environ.get("NB_KERNELS"):
+            return [*command[:2], "nb_utils.kernels", socket, "--attach", *command[3:]]
+        return command
 
 
 def known_parameters(notebook: str | Path) -> dict[str, object]:
@@ -87,7 +103,7 @@ def _execute(notebook, parameters: Mapping[str, object], scratch: Path, failed: 
             papermill.execute_notebook(
                 str(notebook), str(scratch), parameters=dict(parameters), kernel_name="python3",
                 progress_bar=False, log_output=True, start_timeout=600,  # the parent may be loading a large model
-                **({"kernel_manager_class": ForkedKernelManager} if os.environ.get("NB_KERNELS") else {}),
+                kernel_manager_class=KernelManager,
             )
         run = nbformat.read(scratch, as_version=4)
         if run.metadata.papermill.get("exception") or not run.metadata.papermill.get("end_time"):
