@@ -42,7 +42,7 @@ model: .venv/installed
 	$(BIN)/python -m workflow.fetch_model '$(MODEL)'
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup --durations 15
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -17,6 +17,12 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 RUN = "results/runs/02_cleanup/gemma-3-270m"
 
 
+def pytest_collection_modifyitems(items):
+    """Where several processes test: a file's tests stay in one, and those on the built book in another."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("book" if "built" in item.fixturenames else item.path.stem))
+
+
 def stub(path, title):
     path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(new_notebook(cells=[new_markdown_cell(f"# {title}")]), path)
