@@ -14,13 +14,24 @@ from nbformat.v4 import new_markdown_cell, new_notebook
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("_config.yml", "_toc.yml", "book", "nb_utils", "results/tables", "data", "saes", "workflow")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+LONG = ("test_book", "test_explore", "test_workflow", "test_notebooks", "test_models")
 RUN = "results/runs/02_cleanup/gemma-3-270m"
 
 
 def pytest_collection_modifyitems(items):
-    """Where several processes test: a file's tests stay in one, and those on the built book in another."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("book" if "built" in item.fixturenames else item.path.stem))
+    """Begin with the files that take minutes: where several processes test, none is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """Test every file in one process, and in the same one all that reads the built book: it is built once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return super()._split_scope(nodeid).replace("test_explore", "test_book")
+
+    return Scheduling(config, log)
 
 
 def stub(path, title):
