@@ -377,14 +377,13 @@ def _heat_map(ax: Axes, grid: pd.DataFrame, cmap: str, norm: Normalize, form=Non
 
 
 def steering_heatmaps(raw: pd.DataFrame, gain: pd.DataFrame, in_raw: pd.DataFrame, in_clean: pd.DataFrame) -> Figure:
-    """Draw features x tasks twice: relative loss change, clipped at 1, and normalised gain.
+    """Draw features x tasks twice, one above the other: relative loss change, clipped at 1, and normalised gain.
 
     All four frames share index (latents, in the order to draw) and columns (tasks). A hollow dot marks a feature that
     is active in the task's raw vector, a full one a feature that survives its cleaning.
     """
     n, m = raw.shape
-    size = (1.4 + 2 * 0.235 * m, 1.9 + 0.165 * n)
-    fig, axes = plt.subplots(1, 2, figsize=size, sharey=True)
+    fig, axes = plt.subplots(2, 1, figsize=(1.6 + 0.26 * m, 2.6 + 2 * 0.17 * n), sharex=True)
     images = [
         axes[0].imshow(raw.clip(upper=1), cmap="RdBu_r", norm=TwoSlopeNorm(0, -1, 1), aspect="auto"),
         axes[1].imshow(gain, cmap="cividis", vmin=0, vmax=1, aspect="auto"),
@@ -394,29 +393,32 @@ def steering_heatmaps(raw: pd.DataFrame, gain: pd.DataFrame, in_raw: pd.DataFram
             y, x = np.nonzero(marks.to_numpy())
             edge = INK if ax is axes[0] else "white"
             ax.scatter(x, y, s=7, marker="o", facecolors=face, edgecolors=edge, linewidths=0.6)
-        ax.set_xticks(range(m), [title(task) for task in raw.columns], rotation=90, fontsize=6.5)
-        ax.set_yticks(range(n), raw.index, fontsize=6)
+        ax.set_xticks(range(m), [title(task) for task in raw.columns], rotation=90, fontsize=8)
+        ax.set_yticks(range(n), raw.index, fontsize=7)
         ax.tick_params(length=0)
         ax.grid(False)
         ax.spines[:].set_visible(False)
+        ax.set_ylabel("feature")
         fig.colorbar(image, ax=ax, location="top", shrink=0.7, aspect=30, label=name)
-    axes[0].set_ylabel("feature")
     return fig
 
 
 def scale_sweep(frame: pd.DataFrame, value: str = "loss", ax: Axes | None = None) -> Axes:
     """Draw loss (or "accuracy") against the scale of one steered direction (log axis), a line per latent.
 
-    ``frame``: latent, scale and ``value``. Negative latents are random directions, in grey.
+    ``frame``: latent, scale and ``value``. Negative latents are random directions, dashed, named where one ends.
     """
     ax = ax or plt.subplots()[1]
-    ends = []
+    ends, random = [], []
     colors = iter(plt.get_cmap("cividis")(np.linspace(0, 0.85, max(1, (frame["latent"].unique() >= 0).sum()))))
     for latent, line in frame.sort_values("scale").groupby("latent"):
         color = COLORS["random_support"] if latent < 0 else plt.matplotlib.colors.to_hex(next(colors))
-        ax.plot(line["scale"], line[value], color=color, lw=1.1 if latent < 0 else 1.8)
-        name = "random" if latent < 0 else f"feature {latent}"
-        ends.append((line["scale"].iloc[-1], line[value].iloc[-1], name, color))
+        ax.plot(line["scale"], line[value], color=color, lw=1.1 if latent < 0 else 1.8, ls="--" if latent < 0 else "-")
+        x, y = line["scale"].iloc[-1], line[value].iloc[-1]
+        random.append((x, y)) if latent < 0 else ends.append((x, y, f"feature {latent}", color))
+    if random:
+        text = {"textcoords": "offset points", "fontsize": 8.5, "color": _dark(COLORS["random_support"])}
+        ax.annotate("random directions", max(random), (4, -3), **text)
     ax.set_xscale("log")
     ax.set_xlabel("scale (mean residual norms, log scale)")
     ax.set_ylabel("right first answer tokens" if value == "accuracy" else "loss (nats, first answer token)")

@@ -431,7 +431,7 @@ def test_a_sweep_has_a_line_a_feature_and_random_directions_in_grey():
     ax = plots.scale_sweep(frame)
     colors = [to_hex(line.get_color()) for line in ax.lines]
     assert colors.count(plots.COLORS["random_support"].lower()) == 1 and len(set(colors)) == 3
-    assert texts(ax) == ["feature 5", "feature 9", "random"]
+    assert texts(ax) == ["random directions", "feature 5", "feature 9"]
     assert ax.get_xscale() == "log"
 
 
@@ -439,12 +439,12 @@ def test_heat_maps_of_steering_mark_where_a_feature_was_found():
     at = dict(index=[7, 8], columns=["antonyms", "en_es"])
     raw, gain = pd.DataFrame([[-0.5, 3.0], [0.0, -0.2]], **at), pd.DataFrame([[1.0, 0.0], [0.0, 1.0]], **at)
     in_raw, in_clean = pd.DataFrame([[True, True], [False, False]], **at), pd.DataFrame([[True, False]] * 2, **at)
-    left, right = plots.steering_heatmaps(raw, gain, in_raw, in_clean).axes[:2]
-    assert left.images[0].get_array().max() == 1, "clipped as in the post"
-    hollow, full = (marks.get_offsets().tolist() for marks in left.collections)
+    above, below = plots.steering_heatmaps(raw, gain, in_raw, in_clean).axes[:2]
+    assert above.images[0].get_array().max() == 1, "clipped as in the post"
+    hollow, full = (marks.get_offsets().tolist() for marks in above.collections)
     assert hollow == [[1, 0]] and full == [[0, 0], [0, 1]]
-    assert [tick.get_text() for tick in left.get_yticklabels()] == ["7", "8"]
-    assert right.images[0].get_array().tolist() == [[1, 0], [0, 1]]
+    assert [tick.get_text() for tick in above.get_yticklabels()] == ["7", "8"]
+    assert below.images[0].get_array().tolist() == [[1, 0], [0, 1]]
 
 
 def test_loss_by_prompts_has_a_panel_per_method_and_a_line_for_each_thing_that_generalises():
