@@ -12,12 +12,13 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.test_workflow import ROOT, STEMS, project, runs_of  # noqa: F401
+from tests.test_workflow import FIRST, ROOT, STEMS, project, runs_of  # noqa: F401
 
 NEEDS = yaml.safe_load((ROOT / "workflow/needs.yaml").read_text())["needs"]
 CONFIGURATION = Path("/etc/slurm/slurm.conf")  # inside a job, nothing else is looked for
@@ -133,48 +134,49 @@ def finished(project):  # noqa: F811
     return sorted(f"{path.parts[-3]} · {path.stem}" for path in project.glob("results/runs/[0-9]*/tiny/[!.]*.ipynb"))
 
 
-def test_jobs_have_memory_and_time_and_go_on_when_the_head_is_killed(project, cluster):  # noqa: F811
+@contextmanager
+def killed_head(project, cluster):  # noqa: F811
+    """Start the workflow on slow runs; once one of them has started and the block is through, kill the head alone."""
     (project / "slow").touch()
     with (project / "said").open("w") as said:
         head = subprocess.Popen(command(project), cwd=project, env=cluster, stdout=said, stderr=said)
     try:
         wait_for(lambda: (project / "started").exists(), seconds=240)
-        asked = subprocess.run(["squeue", "-h", "-o", "%m %l"], env=cluster, capture_output=True, text=True).stdout
-        measured = {f"{need['mem_mb']}M {clock(need['runtime'])}" for need in NEEDS.values()}
-        assert asked and set(asked.splitlines()) <= measured
+        yield
     finally:
-        head.kill()  # the head alone: its jobs go on
+        head.kill()
         head.wait()
-    (project / "slow").unlink()
-    waiting = jobs(cluster)
-    subprocess.run(["scancel", waiting[-1]], env=cluster, check=True)  # and one of them is lost
-    wait_for(lambda: not jobs(cluster), seconds=240)
-    first = finished(project)
-    assert 0 < len(first) < 3
+
+
+def goes_on(project, cluster):  # noqa: F811
+    """Call the workflow again: every run is there, and none ran twice to its end."""
     subprocess.run([*command(project), "--unlock"], check=True, capture_output=True, cwd=project, env=cluster)
     done = subprocess.run(command(project), cwd=project, env=cluster, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert finished(project) == runs_of("antonyms")
-    assert len((project / "parents").read_text().split()) == len(STEMS)  # nothing ran twice to its end
+    assert len((project / "parents").read_text().split()) == len(STEMS)
+
+
+def test_jobs_have_memory_and_time_and_go_on_when_the_head_is_killed(project, cluster):  # noqa: F811
+    with killed_head(project, cluster):
+        asked = subprocess.run(["squeue", "-h", "-o", "%m %l"], env=cluster, capture_output=True, text=True).stdout
+        measured = {f"{need['mem_mb']}M {clock(need['runtime'])}" for need in NEEDS.values()}
+        assert asked and set(asked.splitlines()) <= measured
+    (project / "slow").unlink()
+    waiting = jobs(cluster)
+    subprocess.run(["scancel", waiting[-1]], env=cluster, check=True)  # and one of them is lost
+    wait_for(lambda: not jobs(cluster), seconds=240)
+    assert 0 < len(finished(project)) < len(FIRST)  # it, and those that wait for others, are not there
+    goes_on(project, cluster)
 
 
 def test_the_workflow_goes_on_when_everything_is_killed(project, cluster):  # noqa: F811
-    (project / "slow").touch()
-    with (project / "said").open("w") as said:
-        head = subprocess.Popen(command(project), cwd=project, env=cluster, stdout=said, stderr=said)
-    try:
-        wait_for(lambda: (project / "started").exists(), seconds=240)
-    finally:
-        head.kill()
-        head.wait()
+    with killed_head(project, cluster):
+        pass
     assert jobs(cluster)
     subprocess.run(["scancel", "--signal=KILL", "--full", *jobs(cluster)], env=cluster)  # what runs dies at once
     subprocess.run(["scancel", *jobs(cluster)], env=cluster)  # what waits never starts
     wait_for(lambda: not jobs(cluster), seconds=120)
     (project / "slow").unlink()
     assert finished(project) == [] and not list(project.glob("results/runs/tables/*/tiny/*.parquet"))
-    subprocess.run([*command(project), "--unlock"], check=True, capture_output=True, cwd=project, env=cluster)
-    done = subprocess.run(command(project), cwd=project, env=cluster, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert finished(project) == runs_of("antonyms")
-    assert len((project / "parents").read_text().split()) == len(STEMS)
+    goes_on(project, cluster)
