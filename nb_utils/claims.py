@@ -47,6 +47,11 @@ class Book:
         found = tables.load(stem, self.model, self.folder)
         return found[found["task"].map(self.done)]
 
+    def last(self, stem: str) -> pd.DataFrame:
+        """Return the table of an experiment that the book runs after one block; where there are several, the last."""
+        found = self.table(stem)
+        return found[found["layer"].isna() | found["layer"].lt(0) | found["layer"].eq(found["layer"].max())]
+
     @cached_property
     def everything(self) -> pd.DataFrame:
         """The rows of experiments 01 and 02, of the tasks that both have."""
@@ -194,7 +199,7 @@ class Book:
 
     def trained(self, prompts: str, choice: str = "validation", method: str = "prune_contrast") -> pd.DataFrame:
         """Return test rows of vectors trained on so many prompts ("all": every pair), by who chose the step."""
-        found = rows(self.table("06_training_prompts"), on="test", method=method, prompts=prompts, choice=choice)
+        found = rows(self.last("06_training_prompts"), on="test", method=method, prompts=prompts, choice=choice)
         if found.empty:
             raise ClaimError(f"No vector of experiment 06 was trained on {prompts} prompts.")
         return found
@@ -203,7 +208,7 @@ class Book:
 
     @cached_property
     def supports(self) -> pd.DataFrame:
-        return rows(self.table("07_illusion"), on="test")
+        return rows(self.last("07_illusion"), on="test")
 
     def support(self, method: str, weights: str = "tuned") -> pd.DataFrame:
         """Return the vectors on supports of `k` features, after tuning ("tuned") or before ("fitted")."""
@@ -217,13 +222,13 @@ class Book:
 
     def side_effect(self, method: str, on: str, column: str, **equal: object) -> pd.Series:
         """Return one number a task of what a vector does on some prompts or text, over its seeds."""
-        return rows(self.table("08_side_effects"), method=method, on=on, **equal).groupby("task")[column].mean()
+        return rows(self.last("08_side_effects"), method=method, on=on, **equal).groupby("task")[column].mean()
 
     # Experiment 09
 
     def templates(self, method: str, home: bool) -> pd.Series:
         """Return the relative loss of every task on the template that a vector was made on, or on all others."""
-        found = rows(self.table("09_templates"), method=method)
+        found = rows(self.last("09_templates"), method=method)
         return found[found["made_on"].eq(found["tested_on"]) == home].groupby("task")["rel_loss"].mean()
 
 
@@ -521,7 +526,7 @@ def tuning_flatters_chance(book: Book) -> Comparison:
 
 @number
 def supports_agree(book: Book) -> Comparison:
-    found = rows(book.table("07_illusion_features"), k=book.k)
+    found = rows(book.last("07_illusion_features"), k=book.k)
     shared = {task: metrics.overlap(one).loc["rule", "prune_contrast"] for task, one in found.groupby("task")}
     return over_tasks(pd.Series(shared))
 
@@ -531,7 +536,7 @@ def supports_agree(book: Book) -> Comparison:
 
 @number
 def wrong_vectors_do_less(book: Book) -> Comparison:
-    frame = book.table("08_side_effects")
+    frame = book.last("08_side_effects")
     pruned = rows(frame, method="prune_contrast", k=book.k)
     grid = metrics.crossed(pd.concat([pruned, rows(frame, method="zero_shot")]))
     square = grid[grid.index]
