@@ -96,7 +96,9 @@ def _parts(value: object) -> list:
         return list(value.values())
     if isinstance(value, str):
         return [_number(part) for part in value.split(",")]
-    return list(value) if isinstance(value, list) else [value]
+    if isinstance(value, list):
+        return [_number(part) if isinstance(part, str) else part for part in value]
+    return [value]
 
 
 def _number(text: str) -> object:
