@@ -223,7 +223,8 @@ def save(saes, args, tokens, model, corpus_sha256):
         with tempfile.TemporaryDirectory() as scratch:
             trained.save_inference_model(scratch)
             weights = safetensors.torch.load_file(Path(scratch, WEIGHTS))
-            config = Path(scratch, CONFIG).read_bytes()
+            # SAELens takes the names from a set, whose order changes from one process to the next
+            config = json.dumps(json.loads(Path(scratch, CONFIG).read_text()), indent=1, sort_keys=True).encode()
         # Directions keep 11 bits, which moves FVU by less than 1e-4; biases and thresholds are large and stay fp32.
         weights = {name: w.half() if name.startswith("W_") else w.float() for name, w in weights.items()}
         files.write(target / WEIGHTS, safetensors.torch.save(weights))
