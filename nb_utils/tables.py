@@ -39,13 +39,13 @@ DTYPES = {
     "latent": "int32", "before": "float32", "after": "float32",
     "density": "float32", "largest": "float32",
 }  # fmt: skip
-# Columns that hold a list of records.
+# Columns of a stem that hold a list of records, some of them empty: what is in them cannot be told from the first rows.
 _LOGITS = pa.list_(pa.struct({"token": pa.string(), "logit": pa.float32()}))
 _EXAMPLE = {
     "before": pa.string(), "token": pa.string(), "after": pa.string(), "activation": pa.float32(),
     "source": pa.string(), "language": pa.string(),
 }  # fmt: skip
-RECORDS = {"examples": pa.list_(pa.struct(_EXAMPLE)), "promoted": _LOGITS, "suppressed": _LOGITS}
+RECORDS = {"features": {"examples": pa.list_(pa.struct(_EXAMPLE)), "promoted": _LOGITS, "suppressed": _LOGITS}}
 
 
 class TableError(ValueError):
@@ -107,7 +107,7 @@ def save(
 
     The provenance gains ``code``, the hash of what makes tables of this stem (see `nb_utils.sources`). A full disk or a
     kill leaves an older table intact. The file carries its own hash, which `load` checks. Columns of `DTYPES` get these
-    types; ``losses`` becomes a list of float32 a row, the columns of `RECORDS` lists of records.
+    types; ``losses`` becomes a list of float32 a row, those of `RECORDS` lists of records.
     ``folder``: a relative one is below the project root (None: that of NB_TABLES, or results/tables).
 
     Raises TableError if the table cannot be written.
@@ -118,7 +118,7 @@ def save(
     frame = frame.astype({column: kind for column, kind in DTYPES.items() if column in frame})
     if "losses" in frame:
         frame["losses"] = [np.asarray(losses, np.float32) for losses in frame["losses"]]
-    records = {name: kind for name, kind in RECORDS.items() if name in frame}
+    records = {name: kind for name, kind in RECORDS.get(stem, {}).items() if name in frame}
     table = pa.Table.from_pandas(frame.drop(columns=list(records)), preserve_index=False)
     for column, kind in records.items():
         table = table.append_column(column, pa.array(frame[column].tolist(), kind))

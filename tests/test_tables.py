@@ -56,6 +56,14 @@ def test_types_do_not_depend_on_which_values_a_task_happens_to_have(tmp_path):
     assert frame["k"].isna().tolist() == [True, False]
 
 
+def test_records_of_another_stem_than_the_features_come_back_as_they_were(tmp_path):
+    record = {"tokens": ["a", "b"], "shares": [0.5, 0.25], "rank": 3}
+    frame, stem = pd.DataFrame({"task": ["antonyms"], "examples": [[record]]}), "explore_steering"
+    tables.save(frame, stem, "antonyms", {}, tmp_path)
+    found = tables.load(stem, folder=tmp_path)["examples"][0][0]
+    assert {name: list(value) if name != "rank" else value for name, value in found.items()} == record
+
+
 def test_a_hub_name_becomes_one_folder(tmp_path):
     path = tables.save(made(), STEM, "antonyms", ORIGIN, tmp_path, model="google/gemma-2-2b")
     assert path == tmp_path / STEM / "google--gemma-2-2b" / "antonyms.parquet"
