@@ -1,14 +1,19 @@
 """Where models go, and that everything still meets there: on a stand-in for a GPU that refuses what a GPU refuses.
 
 No GPU is needed. A tensor of the stand-in names another device and keeps its values on the CPU, where its operations
-are computed; operations that mix devices, NumPy, and generators of the CPU raise, as they do on a real one.
+are computed; operations that mix devices, NumPy, and generators of the CPU raise, as they do on a real one. Two of the
+experiments run there too; all of them, which takes minutes, with
+
+    BOOK_TEST_PLACEMENT=1 pytest tests/test_placement.py
 """
 
 import functools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,8 +22,10 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from nb_utils import cleaning, engine, models, prompts, saes, tasks, vectors
+from nb_utils import cleaning, engine, models, plots, prompts, runs, saes, tasks, vectors
 
+EXPERIMENTS = sorted(Path(__file__).resolve().parents[1].glob("book/experiments/*.ipynb"))
+SOME = ("02_cleanup", "08_side_effects")  # the second reads the first's vectors
 AWAY = torch.device("privateuseone:0")  # called faraway once it is registered
 MOVES = ("aten::_to_copy", "aten::copy_")
 INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
@@ -177,6 +184,45 @@ def test_the_engine_gives_the_same_from_another_device(elsewhere):
     for name, here in measured(models.load("tiny", "cpu")).items():
         assert not isinstance(there[name], Away), f"{name} was left elsewhere"
         torch.testing.assert_close(there[name], here, rtol=1e-4, atol=1e-4, equal_nan=True, msg=name)
+
+
+def run_cells(path, given):
+    """Run an experiment's cells in this process, where the stand-in is; return what they have defined."""
+    scope = {}
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code":
+            exec(compile(cell.source, f"{path.stem}, {cell.id}", "exec"), scope)
+        if "parameters" in cell.metadata.get("tags", []):
+            scope |= {name: value for name, value in given.items() if name in runs.known_parameters(path)}
+    plots.plt.close("all")
+    return scope
+
+
+def test_experiments_run_on_another_device(elsewhere, tmp_path, monkeypatch):
+    given = {
+        "task": "antonyms", "model": "tiny", "sae_set": "random", "layers": "2,3", "n_prompts": 4, "n_shots": 4,
+        "n_train": 8, "batch": 8, "n_validation": 6, "n_test": 8, "n_sentences": 4, "seeds": 1, "atoms": "2,4",
+        "penalties": "1,3", "penalty": 1.0, "sizes": "8,4", "steps": 4, "steps_a_stage": 2, "scales": 5, "coarse": 3,
+        "n_others": 3, "n_text": 6, "following": 5, "templates": "arrow,question", "counts": "6,12",
+    }  # fmt: skip
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    for path in EXPERIMENTS:
+        if path.stem not in SOME and os.environ.get("BOOK_TEST_PLACEMENT") != "1":
+            continue
+        there = run_cells(path, {**given, "tables_dir": str(tmp_path / "there")})
+        assert there["lm"].device.type == "faraway"
+        with monkeypatch.context() as here:
+            here.setenv("NB_DEVICE", "cpu")
+            run_cells(path, {**given, "tables_dir": str(tmp_path / "here")})
+    made = sorted((tmp_path / "here").rglob("*.parquet"))
+    assert {path.parts[-3] for path in made} >= set(SOME)
+    for path in made:
+        here, there = pd.read_parquet(path), pd.read_parquet(tmp_path / "there" / path.relative_to(tmp_path / "here"))
+        assert here.shape == there.shape and list(here) == list(there), path.parts[-3]
+        if "method" in here and "loss" in here:  # tuning widens differences of rounding, measuring does not
+            untuned = here["layer"].eq(-1) | here["method"].eq("task_vector")
+            pd.testing.assert_series_equal(here["loss"][untuned], there["loss"][untuned], atol=1e-4)
+            pd.testing.assert_series_equal(here["loss"], there["loss"], atol=0.5)
 
 
 def test_models_go_where_they_are_told_and_to_a_gpu_if_there_is_one(monkeypatch):
