@@ -45,7 +45,7 @@ def reasons(path: Path, folder: Path) -> list[str]:
     found += _weights(origin, model)
     for name, today in tables.data_sha256(origin.get("parameters", {})).items():
         if origin.get("data_sha256", {}).get(name, today) != today:
-            found.append(f"other pairs in {name}")
+            found.append(f"other data in {name}")
     for name, then in origin.get("inputs", {}).items():
         if then not in (_fingerprint(name, model, folder, None), _fingerprint(name, model, folder, path.stem)):
             found.append(f"other rows in {name}, which it reads")

@@ -59,8 +59,8 @@ def provenance(
     """Collect what a table depends on: same in, same out (no date, no machine).
 
     ``parameters``: the notebook's, as JSON values. ``sae_sha256``: {layer: hash of the SAE's weights}. ``inputs``:
-    {stem: `fingerprint`} of the tables that were read. Adds the hash of the files of the parameter ``task`` (or
-    ``tasks``), and the versions of Python and of the packages that compute. `save` adds the code.
+    {stem: `fingerprint`} of the tables that were read. Adds the hash of the files of the parameters ``task`` (or
+    ``tasks``) and ``text``, and the versions of Python and of the packages that compute. `save` adds the code.
     """
     return {
         "parameters": dict(parameters),
@@ -78,10 +78,16 @@ def versions() -> dict[str, str]:
 
 
 def data_sha256(parameters: Mapping[str, object]) -> dict[str, str]:
-    """Hash the files of the tasks that the parameters ``task`` or ``tasks`` name, words and sentences alike."""
+    """Hash the files of the tasks that the parameters ``task`` or ``tasks`` name, words and sentences alike.
+
+    And that of the parameter ``text``, below ``data``, if there is one.
+    """
     named = [parameters["task"]] if "task" in parameters else parameters.get("tasks", [])
     found = {path.name if kind == "word" else f"sentences of {path.name}": path
              for task in named for kind, path in tasks.files(str(task)).items()}  # fmt: skip
+    if "text" in parameters:
+        found[str(parameters["text"])] = tasks.DATA / str(parameters["text"])
+    found = {name: path for name, path in found.items() if path.is_file()}
     return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in sorted(found.items())}
 
 

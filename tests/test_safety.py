@@ -118,6 +118,11 @@ def test_the_constraints_hold_every_package_that_the_requirements_bring_along():
     assert len({name for name, *_ in seen}) > 100
 
 
+def test_actions_of_the_hosted_ci_are_pinned_to_a_commit():
+    used = re.findall(r"uses: (.+)", (ROOT / ".github/workflows/ci.yml").read_text())
+    assert used and all(re.fullmatch(r"[\w./-]+@[0-9a-f]{40}  # v[\d.]+", action) for action in used), used
+
+
 def test_make_installs_nothing_that_is_not_pinned():
     lines = [line for line in (ROOT / "Makefile").read_text().splitlines() if "pip install" in line]
     assert len(lines) >= 5

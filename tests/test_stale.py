@@ -55,7 +55,7 @@ def test_a_list_of_words_is_compared_as_its_numbers(made):
         ({"parameters": {"penalties": [0.3, 1.0]}}, "penalties was 0.3,1, is 0.2"),
         ({"model_sha256": "0" * 64}, "other weights of the model"),
         ({"sae_sha256": {"4": "0" * 64}}, "another SAE at block 4"),
-        ({"data_sha256": {"antonyms.json": "0" * 64}}, "other pairs in antonyms.json"),
+        ({"data_sha256": {"antonyms.json": "0" * 64}}, "other data in antonyms.json"),
         ({"inputs": {INPUT: "0" * 64}}, f"other rows in {INPUT}, which it reads"),
         ({"versions": {"torch": "1.0.0+cpu"}}, None),
     ],
