@@ -134,9 +134,9 @@ class Book:
 
     @cached_property
     def transfer_late(self) -> int:
+        """The block where the pruned vector validates best; the last one, if transfer was not read there."""
         read = rows(self.transfer, method="clean")["read"]
-        before_the_last = read[read <= 11] if (read <= 11).any() else read  # the blocks of the book's own model
-        return int(before_the_last.max())
+        return self.layer if read.eq(self.layer).any() else int(read.max())
 
     def woken(self, column: str, method: str, layer: int | None = None) -> pd.Series:
         """Return one number a task of what a vector wakes, from the earliest block to the late one."""
@@ -431,12 +431,12 @@ def raw_detectors_fail(book: Book) -> Comparison:
 @number
 def detectors_act_earlier(book: Book) -> Comparison:
     """Relative change by the cleaned detector less that by the cleaned executor, at the first block that both have."""
-    executors = book.table("03_early_layer_transfer")
-    executors = pd.concat([choose(rows(book.test, method="clean", seed=0)), rows(executors, method="clean")])
-    executors, detectors = (
-        part.drop_duplicates(["task", "layer"]).set_index(["task", "layer"])["rel_loss"]
-        for part in (executors, book.cleaned_detectors)
+    cleanup, transfer = rows(book.test, method="clean"), rows(book.table("03_early_layer_transfer"), method="clean")
+    detectors, first, second = (
+        part.groupby(["task", "layer"])["rel_loss"].mean()
+        for part in (book.cleaned_detectors, choose(cleanup), transfer)
     )
+    executors = first.combine_first(second)
     both = (detectors - executors).dropna()
     return over_tasks(both.xs(both.index.get_level_values("layer").min(), level="layer"))
 
@@ -501,6 +501,8 @@ def early_choice_helps(book: Book) -> Comparison:
 @number
 def early_choice_still_helps(book: Book) -> Comparison:
     return compare(book.trained("all"), book.trained("all", choice="train"))
+
+
 # 07 Illusion test
 
 
@@ -554,6 +556,7 @@ def relation_matters(book: Book) -> Comparison:
 def pruning_is_gentler_in_text(book: Book) -> Comparison:
     pruned = book.side_effect("prune_contrast", "separator", "d_ntp", k=book.k)
     return over_tasks(pruned - book.side_effect("clean", "separator", "d_ntp"))
+
 
 # 09 Templates
 

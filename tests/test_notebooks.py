@@ -132,6 +132,9 @@ def test_settings_of_the_workflow_ask_of_an_experiment_only_what_those_before_it
         assert set(asked("08_side_effects", "sizes")) <= set(asked("02_cleanup", "sizes")), model
         penalties = [float(penalty) for penalty in asked("02_cleanup", "penalties")]
         assert float(*asked("08_side_effects", "penalty")) in penalties, model
+        for stem in (stem for stem, given in defaults.items() if "repeat_layers" in given):
+            layers, repeated = (set(asked(stem, key)) for key in ("layers", "repeat_layers"))
+            assert asked(stem, "seeds") == ["1"] or "all" in layers | repeated or repeated <= layers, (model, stem)
 
 
 def runner(folder):
