@@ -24,6 +24,7 @@ SIZES = {
     "n_prompts": 4, "n_shots": 4, "n_train": 8, "n_validation": 6, "n_test": 8, "n_sentences": 4, "seeds": 2,
     "atoms": "2,4,8", "penalties": "1,3", "penalty": 1.0, "sizes": "8,4,2", "steps": 6, "steps_a_stage": 2,
     "scales": 5, "coarse": 3, "n_others": 3, "n_text": 6, "following": 5, "templates": "arrow,question",
+    "repeat_layers": "3",
 }  # fmt: skip
 # Prose is held to paths too: this finds folders at the root of a disk and ~/, not a fraction or a route.
 ABSOLUTE = re.compile(r"(?<![\w.:/])/(?:home|root|Users|tmp|work|mnt|data|opt|var)/|[A-Z]:\\\\|(?<!\w)~/")
@@ -188,6 +189,8 @@ def test_an_experiment_runs_on_the_tiny_model_and_saves_its_table(path, tables_o
     table = pd.read_parquet(tables_of(path.stem) / path.stem / "tiny/antonyms.parquet")
     assert set(table["layer"]) - {-1} == {2, 3}
     assert set(table["task"]) == {"antonyms"}
+    if "repeat_layers" in runs.known_parameters(path):
+        assert table[table["layer"] >= 0].groupby("layer")["seed"].nunique().to_dict() == {2: 1, 3: SIZES["seeds"]}
 
 
 @every_experiment
