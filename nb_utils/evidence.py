@@ -20,7 +20,7 @@ SOURCES = {"executor": "02_cleanup_features", "detector": "04_detectors_features
 STEERING, MASS, FEATURES = "05_cross_task_steering", "04_detectors_mass", "features"
 PLACES = {"executor": "at the separator", "detector": "at the dummy output of a one-shot prompt"}
 TOKEN_TYPES = ("input", "arrow", "output", "newline")
-STEERED = ["kind", "task", "which", "scale", "loss", "rel_loss", "accuracy", "in_raw", "in_clean"]
+STEERED = ["kind", "task", "which", "scale", "loss", "rel_loss", "accuracy", "in_raw", "in_clean", "random"]
 FIRED = ["kind", "task", "token_type", "mass", "density"]
 
 
@@ -34,7 +34,8 @@ class Feature:
 
     ``kept``: kind, task and weight, a row per cleaned or pruned vector that keeps it. ``seen``: its row of the table
     of `workflow.collect_evidence`, or None. ``mass``: by token type in few-shot prompts of those tasks. ``steering``:
-    a row per task to whose prompts it was added alone, at its best scale (chosen on validation prompts).
+    a row per task to whose prompts it was added alone, at its best scale (chosen on validation prompts); ``random`` is
+    the change of loss by the random direction that does best there.
     """
 
     layer: int
@@ -220,13 +221,14 @@ def steering(feature: Feature) -> str:
         [
             show(plots.title(row["task"])), show(row["kind"]), f"{row['scale']:.2f}",
             _bar(min(abs(row["rel_loss"]), 1), percent(row["rel_loss"]), "less" if row["rel_loss"] < 0 else "more"),
+            "–" if pd.isna(row["random"]) else percent(row["random"]),
             f"{_unsteered(row):.2f}", f"{row['loss']:.2f}", f"{row['accuracy']:.0%}",
             "yes" if row["in_raw"] else "–", "yes" if row["in_clean"] else "–",
         ]
         for row in feature.steering.sort_values("rel_loss", kind="stable").to_dict("records")
     ]  # fmt: skip
-    heads = ["task", "added as", "best scale", "change of loss", "loss before", "after", "accuracy", "in raw vector",
-             "kept by cleaning"]  # fmt: skip
+    heads = ["task", "added as", "best scale", "change of loss", "best random direction", "loss before", "after",
+             "accuracy", "in raw vector", "kept by cleaning"]  # fmt: skip
     return table(heads, rows)
 
 
@@ -271,9 +273,13 @@ def _measured(stem: str, model: str, folder: str | None) -> pd.DataFrame | None:
 
 
 def _steered(model: str, folder: str | None) -> pd.DataFrame | None:
-    """Return the features of experiment 05 at their best scales (its baselines and random directions are left out)."""
+    """Return the features of experiment 05 at their best scales, each beside the best random direction of its task."""
     found = _measured(STEERING, model, folder)
-    return None if found is None else found[(found["latent"] >= 0) & (found["which"] == "best")]
+    if found is None:
+        return None
+    best = metrics.rows(found, which="best")
+    random = best[best["latent"] < 0].groupby(["kind", "task"])["rel_loss"].min().rename("random")
+    return best[best["latent"] >= 0].join(random, on=["kind", "task"])
 
 
 def _by_feature(frame: pd.DataFrame | None, columns: list[str]):

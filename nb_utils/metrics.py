@@ -236,11 +236,13 @@ def overlap(features: pd.DataFrame) -> pd.DataFrame:
 def steering_gain(frame: pd.DataFrame) -> pd.Series:
     """Normalise single-feature effects as the post does: 1 for the feature that helps a task most, 0 for no help.
 
-    ``frame``: task and rel_loss, one row per feature and task. A loss above the unsteered one counts as no effect;
-    the fall is divided by the task's largest, and less than a fifth of that is set to 0.
+    ``frame``: task, latent and rel_loss, one row per feature and task. A loss above the unsteered one counts as no
+    effect; the fall is divided by the task's largest, and less than a fifth of that is set to 0. Random directions
+    (negative latents) are held against the largest fall of a feature too, and may exceed 1. All 0 where none helps.
     """
     fall = (-frame["rel_loss"]).clip(lower=0)
-    gain = fall / fall.groupby(frame["task"]).transform("max").replace(0, np.nan)
+    largest = fall.where(frame["latent"] >= 0).groupby(frame["task"]).transform("max")
+    gain = fall / largest.replace(0, np.nan)
     return gain.where(gain >= 0.2, 0).rename("gain")
 
 

@@ -379,10 +379,12 @@ def _heat_map(ax: Axes, grid: pd.DataFrame, cmap: str, norm: Normalize, form=Non
 def steering_heatmaps(raw: pd.DataFrame, gain: pd.DataFrame, in_raw: pd.DataFrame, in_clean: pd.DataFrame) -> Figure:
     """Draw features x tasks twice, one above the other: relative loss change, clipped at 1, and normalised gain.
 
-    All four frames share index (latents, in the order to draw) and columns (tasks). A hollow dot marks a feature that
-    is active in the task's raw vector, a full one a feature that survives its cleaning.
+    All four frames share index (latents, in the order to draw; the last may be negative: random directions, drawn
+    under a line) and columns (tasks). A hollow dot marks a feature that is active in the task's raw vector, a full one
+    a feature that survives its cleaning.
     """
     n, m = raw.shape
+    random = raw.index < 0
     fig, axes = plt.subplots(2, 1, figsize=(1.6 + 0.26 * m, 2.6 + 2 * 0.17 * n), sharex=True)
     images = [
         axes[0].imshow(raw.clip(upper=1), cmap="RdBu_r", norm=TwoSlopeNorm(0, -1, 1), aspect="auto"),
@@ -394,7 +396,9 @@ def steering_heatmaps(raw: pd.DataFrame, gain: pd.DataFrame, in_raw: pd.DataFram
             edge = INK if ax is axes[0] else "white"
             ax.scatter(x, y, s=7, marker="o", facecolors=face, edgecolors=edge, linewidths=0.6)
         ax.set_xticks(range(m), [title(task) for task in raw.columns], rotation=90, fontsize=8)
-        ax.set_yticks(range(n), raw.index, fontsize=7)
+        ax.set_yticks(range(n), ["random" if i < 0 else i for i in raw.index], fontsize=7)
+        if random.any():
+            ax.axhline(random.argmax() - 0.5, color=INK if ax is axes[0] else "white", lw=1)
         ax.tick_params(length=0)
         ax.grid(False)
         ax.spines[:].set_visible(False)
@@ -429,15 +433,16 @@ def scale_sweep(frame: pd.DataFrame, value: str = "loss", ax: Axes | None = None
 def loss_by_scale(frame: pd.DataFrame, whole: int, ax: Axes | None = None) -> Axes:
     """Draw loss against the scale of each latent's direction, in grey; ``whole`` is the one to stand out.
 
-    ``frame``: latent, scale, loss, of one task and layer; scale 0 gives the dotted level.
+    ``frame``: latent, scale, loss, of one task and layer; scale 0 gives the dotted level. Other negative latents are
+    random directions, dashed.
     """
     ax = ax or plt.subplots()[1]
     for latent, line in frame.groupby("latent"):
         line, main = line.sort_values("scale"), latent == whole
-        ax.plot(
-            line["scale"], line["loss"], color=COLORS["task_vector"] if main else COLORS["random_support"],
-            lw=2.2 if main else 1, zorder=3 if main else 2,
-        )  # fmt: skip
+        random = latent < 0 and not main
+        color = COLORS["task_vector"] if main else COLORS["random_matched" if random else "random_support"]
+        style, zorder = "--" if random else "-", 3 if main else 2
+        ax.plot(line["scale"], line["loss"], color=color, ls=style, lw=2.2 if main else 1, zorder=zorder)
     zero = frame.loc[frame["scale"] == 0, "loss"].iloc[0]
     ax.axhline(zero, color=COLORS["zero_shot"], ls=STYLES["none"], lw=1.4, zorder=1)
     ax.set(xlabel="scale (of residual norm)", ylabel=UNITS["loss"], ylim=(0, 2.2 * zero))

@@ -26,7 +26,7 @@ FRONT = Path(__file__).with_name("front")
 N_TEST = 16  # prompts that a mean loss is taken over
 N_EXAMPLES = 3  # of them can be looked at one by one
 N_TOKENS = 4  # of a continuation
-WHOLE = -1  # stands for the pruned vector, all its features together
+WHOLE = -1  # stands for the pruned vector, all its features together; smaller numbers for random directions
 KEPT, PENALTY = 10, 1.0  # points of the pruning and cleaning paths whose features are offered
 LIVE_SCALES = tuple(round(-1 + 0.05 * i, 2) for i in range(51))  # of the mean residual norm
 
@@ -275,6 +275,8 @@ def steering_data(model: str = tables.MODEL) -> dict:
     own = grid[grid["task"] == grid["target"]]
     for task, part in own[own["scale"] == 0].groupby("task"):
         zero[task] = {"loss": part["loss"].iloc[0], "accuracy": part["accuracy"].iloc[0]}
+    random = own[own["latent"] < WHOLE].groupby(["task", "layer", "scale"])["loss"].mean().round(4).reset_index()
+    own = own[own["latent"] >= WHOLE]
     elsewhere = {key: part for key, part in grid.groupby(["task", "layer", "latent"])}
     for (task, layer, latent), part in own.groupby(["task", "layer", "latent"]):
         best = elsewhere[task, layer, latent].sort_values("loss").drop_duplicates("target")
@@ -290,6 +292,8 @@ def steering_data(model: str = tables.MODEL) -> dict:
     return {
         "model": model, "n_test": N_TEST, "tasks": listed, "scales": sorted(own["scale"].unique().tolist()),
         "zero": zero, "cells": cells, "tokens": list(seen), "evidence": evidence(model, shown),
+        "random": {f"{task}|{layer}": part[["scale", "loss"]].to_numpy().tolist()
+                   for (task, layer), part in random.groupby(["task", "layer"])},
     }
 
 

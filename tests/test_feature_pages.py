@@ -159,6 +159,7 @@ def test_mass_and_steering_are_tables_of_numbers(features):
     shown = Text(evidence.steering(features["10_3"])).text
     assert shown.index("Antonyms") < shown.index("English to Spanish")  # helped before harmed
     assert "−50 %" in shown and "+40 %" in shown and "25%" in shown
+    assert shown.count("−95 %") == 1, "the random direction of one task; the other has none"
 
 
 def test_a_missing_table_is_said_in_its_section(features, tmp_path_factory):

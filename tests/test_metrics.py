@@ -329,9 +329,14 @@ def test_a_mean_over_tasks_has_an_interval_that_holds_it_and_narrows_with_tasks(
 
 def test_a_gain_is_the_share_of_the_tasks_largest_fall_and_small_ones_are_none():
     frame = pd.DataFrame({"task": ["a"] * 4 + ["b"] * 2, "rel_loss": [-0.5, -0.25, -0.09, 0.7, 0.1, 0.0]})
+    frame["latent"] = [3, 4, 5, 6, 3, 4]
     gain = metrics.steering_gain(frame)
     assert gain.iloc[:4].tolist() == [1.0, 0.5, 0.0, 0.0]
-    assert gain.iloc[4:].fillna(0).tolist() == [0.0, 0.0], "a task that nothing helps has no gain"
+    assert gain.iloc[4:].tolist() == [0.0, 0.0], "a task that nothing helps has no gain"
+    random = pd.DataFrame({"task": ["a", "a", "b"], "rel_loss": [-0.75, 0.2, -0.1], "latent": [-1, -2, -1]})
+    gain = metrics.steering_gain(pd.concat([frame, random], ignore_index=True))
+    assert gain[:4].tolist() == [1.0, 0.5, 0.0, 0.0], "a random direction sets no measure"
+    assert gain[6:].tolist() == [1.5, 0.0, 0.0]
 
 
 def test_features_stand_in_the_order_of_the_tasks_that_they_help_and_alike_tasks_stand_together():

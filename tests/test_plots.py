@@ -435,16 +435,30 @@ def test_a_sweep_has_a_line_a_feature_and_random_directions_in_grey():
     assert ax.get_xscale() == "log"
 
 
+def test_loss_by_scale_lets_the_whole_vector_stand_out_from_features_and_random_directions():
+    frame = pd.DataFrame({"latent": [-2, -2, -1, -1, 5, 5], "scale": [0.0, 1.0] * 3, "loss": [4, 6, 4, 1, 4, 3.0]})
+    drawn = plots.loss_by_scale(frame, whole=-1).lines
+    assert [(list(line.get_ydata()), line.get_linestyle()) for line in drawn[:3]] == [
+        ([4, 6], "--"), ([4, 1], "-"), ([4, 3], "-")]  # fmt: skip
+    assert len({to_hex(line.get_color()) for line in drawn[:3]}) == 3
+    assert set(drawn[3].get_ydata()) == {4}, "the unsteered loss"
+
+
 def test_heat_maps_of_steering_mark_where_a_feature_was_found():
-    at = dict(index=[7, 8], columns=["antonyms", "en_es"])
-    raw, gain = pd.DataFrame([[-0.5, 3.0], [0.0, -0.2]], **at), pd.DataFrame([[1.0, 0.0], [0.0, 1.0]], **at)
-    in_raw, in_clean = pd.DataFrame([[True, True], [False, False]], **at), pd.DataFrame([[True, False]] * 2, **at)
+    at = dict(index=[7, 8, -1], columns=["antonyms", "en_es"])
+    none = [False, False]
+    raw = pd.DataFrame([[-0.5, 3.0], [0.0, -0.2], [0.1, 0.3]], **at)
+    gain = pd.DataFrame([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]], **at)
+    in_raw = pd.DataFrame([[True, True], none, none], **at)
+    in_clean = pd.DataFrame([[True, False], [True, False], none], **at)
     above, below = plots.steering_heatmaps(raw, gain, in_raw, in_clean).axes[:2]
     assert above.images[0].get_array().max() == 1, "clipped as in the post"
     hollow, full = (marks.get_offsets().tolist() for marks in above.collections)
     assert hollow == [[1, 0]] and full == [[0, 0], [0, 1]]
-    assert [tick.get_text() for tick in above.get_yticklabels()] == ["7", "8"]
-    assert below.images[0].get_array().tolist() == [[1, 0], [0, 1]]
+    assert [tick.get_text() for tick in above.get_yticklabels()] == ["7", "8", "random"]
+    assert [line.get_ydata()[0] for ax in (above, below) for line in ax.lines] == [1.5, 1.5], "random ones under a line"
+    assert below.images[0].get_array().tolist() == [[1, 0], [0, 1], [0, 0]]
+    assert not plots.steering_heatmaps(*(frame[:2] for frame in (raw, gain, in_raw, in_clean))).axes[0].lines
 
 
 def test_loss_by_prompts_has_a_panel_per_method_and_a_line_for_each_thing_that_generalises():

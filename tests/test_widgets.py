@@ -179,7 +179,16 @@ def test_the_strip_answers_with_raw_activations_at_every_token(backend):
 def test_the_page_carries_the_grid_of_the_tables_and_no_markup():
     data = json.loads(widgets.steering().data)
     grid = tables.load("explore_steering")
-    for row in grid[grid["task"] == grid["target"]].sample(40, random_state=0).itertuples():
+    own = grid[grid["task"] == grid["target"]]
+    for key, points in data["random"].items():
+        task, layer = key.split("|")
+        part = own[(own["task"] == task) & (own["layer"] == int(layer)) & (own["latent"] < widgets.WHOLE)]
+        assert part["latent"].nunique() >= 5
+        for scale, loss in points:
+            assert loss == pytest.approx(part[part["scale"] == scale]["loss"].mean(), abs=1e-4)
+    own = own[own["latent"] >= widgets.WHOLE]
+    assert len(data["random"]) == len(own.groupby(["task", "layer"])) and not any("|-2" in key for key in data["cells"])
+    for row in own.sample(40, random_state=0).itertuples():
         cell = data["cells"][f"{row.task}|{row.layer}|{row.latent}"]
         at = cell["scales"].index(row.scale)
         assert cell["loss"][at] == pytest.approx(row.loss, abs=1e-4)

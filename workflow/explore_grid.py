@@ -1,7 +1,8 @@
 """Compute what the interactive page shows without a kernel: ``python -m workflow.explore_grid``.
 
-Three tables: explore_steering (surviving features x scales on test prompts, with examples), explore_tokens (where
-detector and executor candidates fire in a few-shot prompt) and explore_cleaning (one vector cleaned from 20 pairs).
+Three tables: explore_steering (surviving features and random directions x scales on test prompts, with examples),
+explore_tokens (where detector and executor candidates fire in a few-shot prompt) and explore_cleaning (one vector
+cleaned from 20 pairs).
 """
 
 import argparse
@@ -16,19 +17,23 @@ TASKS = ("antonyms", "en_es", "present_simple_past_simple")
 SCALES = (-0.5, -0.25, -0.1, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0)
 ELSEWHERE = (-0.25, 0.1, 0.2, 0.3, 0.5)  # scales on the other tasks
 LAYERS, MOST = (6, 8, 10), 8  # most features of one task at one layer, by weight
+N_RANDOM = 5  # random directions beside them, drawn anew for each layer
 N_SHOTS, N_PROMPTS = 4, 12
 N_PAIRS, CLEANED_LAYER = 20, 10  # of the workbench's example
 
 
 def directions(task: str, layer: int, sae: saes.Sae) -> tuple[pd.DataFrame, torch.Tensor]:
-    """List the pruned vector and the largest survivors at a layer, with their unit directions [n, d_model]."""
+    """List the pruned vector, the largest survivors at a layer and random directions, with units [n, d_model]."""
     found = survivors(task)
     vector = pruned_vector(found, layer, sae)
     found = found[found["layer"] == layer]
     found = found.loc[found["weight"].abs().sort_values(ascending=False).index[:MOST]]
     whole = pd.DataFrame([{"layer": layer, "latent": WHOLE, "weight": float(vector.norm()), "method": "pruned"}])
+    noise = torch.randn(N_RANDOM, len(vector), generator=torch.Generator().manual_seed(layer))
+    random = pd.DataFrame({"layer": layer, "latent": range(WHOLE - 1, WHOLE - 1 - N_RANDOM, -1), "method": "random"})
     units = [vector / vector.norm(), *(microscope.direction(sae, latent) for latent in found["latent"])]
-    return pd.concat([whole, found], ignore_index=True), torch.stack(units)
+    listed = pd.concat([whole, found, random], ignore_index=True)
+    return listed, torch.cat([torch.stack(units), torch.nn.functional.normalize(noise, dim=1)])
 
 
 def steering(lm: models.Model, task: str, layer: int, sites: dict, sae: saes.Sae) -> pd.DataFrame:
@@ -44,7 +49,8 @@ def steering(lm: models.Model, task: str, layer: int, sites: dict, sae: saes.Sae
             task=task, target=target, norm=norm, scale=list(scales) * len(listed), loss=scores.loss().mean(1).tolist(),
             accuracy=scores.accepted.float().mean(1).tolist(), weight=lambda cells: cells["weight"] / norm)
         shown = site.take(torch.arange(N_EXAMPLES))
-        cells["examples"] = examples(lm, shown, steered, layer) if target == task else [[] for _ in steered]
+        told = cells["latent"].ge(WHOLE).sum() if target == task else 0  # random directions are not looked at
+        cells["examples"] = [*examples(lm, shown, steered[:told], layer), *([] for _ in steered[told:])]
         parts.append(cells)
     print(f"{task}, block {layer}: {len(listed)} directions", flush=True)
     return pd.concat(parts, ignore_index=True)

@@ -36,7 +36,7 @@ def page(feature: Feature) -> str:
         "## Tasks it helps and harms",
         evidence.block(evidence.steering(feature)),
         "Scale is in units of the mean residual norm at the steered token, chosen on validation prompts; losses and "
-        "accuracy are on test prompts.",
+        "accuracy are on test prompts. The random direction is the best on these, which favours it.",
         "[All features](index.md), with the sources of the text",
     ]
     return "\n\n".join(parts) + "\n"
