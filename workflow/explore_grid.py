@@ -49,8 +49,9 @@ def steering(lm: models.Model, task: str, layer: int, sites: dict, sae: saes.Sae
             task=task, target=target, norm=norm, scale=list(scales) * len(listed), loss=scores.loss().mean(1).tolist(),
             accuracy=scores.accepted.float().mean(1).tolist(), weight=lambda cells: cells["weight"] / norm)
         shown = site.take(torch.arange(N_EXAMPLES))
-        told = cells["latent"].ge(WHOLE).sum() if target == task else 0  # random directions are not looked at
-        cells["examples"] = [*examples(lm, shown, steered[:told], layer), *([] for _ in steered[told:])]
+        told = steered[: cells["latent"].ge(WHOLE).sum()]  # random directions have no examples
+        looked = examples(lm, shown, told, layer) if target == task else []
+        cells["examples"] = looked + [[] for _ in range(len(cells) - len(looked))]
         parts.append(cells)
     print(f"{task}, block {layer}: {len(listed)} directions", flush=True)
     return pd.concat(parts, ignore_index=True)
