@@ -169,28 +169,26 @@ class Book:
 
     # Experiment 05
 
-    @cached_property
-    def steering(self) -> pd.DataFrame:
-        return rows(self.table("05_cross_task_steering"), kind="executor")
+    def steered(self, which: str, kind: str = "executor") -> pd.DataFrame:
+        """Return the test rows of single directions at the "fixed" scale, or each at its "best" one."""
+        return rows(self.table("05_cross_task_steering"), kind=kind, which=which)
 
-    @property
-    def single(self) -> pd.Series:
-        """The relative loss of every task with its best single feature, chosen with its scale on validation prompts."""
-        tried = rows(self.table("05_cross_task_steering_sweep"), kind="executor")
+    def single(self, kind: str = "executor") -> pd.Series:
+        """Return the relative loss of every task with its best feature, chosen with its scale on validation prompts."""
+        tried = rows(self.table("05_cross_task_steering_sweep"), kind=kind)
         tried = tried[tried["latent"] >= 0]
         best = tried.loc[tried.groupby("task")["loss"].idxmin(), ["task", "latent"]]
-        return best.merge(rows(self.steering, which="best")).set_index("task")["rel_loss"]
+        return best.merge(self.steered("best", kind)).set_index("task")["rel_loss"]
 
-    @property
-    def chance(self) -> pd.Series:
-        """The relative loss of every task with the random direction that is best on test, which favours it."""
-        found = rows(self.steering, which="best")
+    def chance(self, kind: str = "executor") -> pd.Series:
+        """Return the relative loss of every task with the random direction that is best on test, which favours it."""
+        found = self.steered("best", kind)
         return found[found["latent"] < 0].groupby("task")["rel_loss"].min()
 
     @property
     def gain(self) -> pd.DataFrame:
         """The normalised gain of every feature (rows) on every task (columns) at the common scale."""
-        found = rows(self.steering, which="fixed")
+        found = self.steered("fixed")
         found = found[found["latent"] >= 0]
         found = found.assign(gain=metrics.steering_gain(found)).fillna({"gain": 0})
         return found.pivot(index="latent", columns="task", values="gain")
@@ -461,17 +459,22 @@ def detectors_fire_on_outputs(book: Book) -> Comparison:
 
 @number
 def one_feature_does_part(book: Book) -> Comparison:
-    return over_tasks(book.single)
+    return over_tasks(book.single())
 
 
 @number
 def one_feature_beats_chance(book: Book) -> Comparison:
-    return over_tasks(book.single - book.chance)
+    return over_tasks(book.single() - book.chance())
 
 
 @number
-def chance_does_nothing(book: Book) -> Comparison:
-    return over_tasks(book.chance)
+def one_detector_beats_chance(book: Book) -> Comparison:
+    return over_tasks(book.single("detector") - book.chance("detector"))
+
+
+@number
+def chance_does_little(book: Book) -> Comparison:
+    return over_tasks(book.chance())
 
 
 @number

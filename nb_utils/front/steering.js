@@ -120,10 +120,11 @@ function render({ model, el: root }) {
     problem.hidden = true;
     scaleText.replaceChildren(`${number(shown.scale)} × mean residual norm`);
     scale.setAttribute("aria-valuetext", scaleText.textContent);
-    const found = cell(), random = data.random[`${shown.task}|${shown.layer}`];
+    const found = cell(), top = found && 1.3 * Math.max(...found.loss, data.zero[shown.task].loss);
+    const random = (data.random[`${shown.task}|${shown.layer}`] ?? []).filter(([, loss]) => loss <= top); // not to squash the rest
     curve.replaceChildren(...(found ? [chart(
       [{ name: "steered", color: "#0072B2", points: found.scales.map((s, i) => [s, found.loss[i]]) },
-        ...(random ? [{ name: "random directions, mean", color: "#A05A2C", dash: "2 3", points: random }] : []),
+        ...(random.length ? [{ name: "random directions, mean", color: "#A05A2C", dash: "2 3", points: random }] : []),
         { name: "unsteered", color: "#8A8A8A", dash: "4 3", points: [[found.scales[0], data.zero[shown.task].loss], [found.scales.at(-1), data.zero[shown.task].loss]] }],
       { label: `Mean loss on ${data.n_test} test prompts (precomputed)`, x: "scale", y: "loss (nats)", mark: shown.scale, ticks: [-0.5, 0, 0.5, 1],
         title: `Mean loss against scale, lowest ${number(Math.min(...found.loss))} nats` })] : []));
