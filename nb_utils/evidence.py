@@ -21,6 +21,7 @@ STEERING, MASS, FEATURES = "05_cross_task_steering", "04_detectors_mass", "featu
 PLACES = {"executor": "at the separator", "detector": "at the dummy output of a one-shot prompt"}
 TOKEN_TYPES = ("input", "arrow", "output", "newline")
 STEERED = ["kind", "task", "which", "scale", "loss", "rel_loss", "accuracy", "in_raw", "in_clean", "random"]
+FOUND = {"raw": "in_raw", "cleaned": "in_clean"}  # the vector of a task that holds a feature, and its column
 FIRED = ["kind", "task", "token_type", "mass", "density"]
 
 
@@ -223,12 +224,12 @@ def steering(feature: Feature) -> str:
             _bar(min(abs(row["rel_loss"]), 1), percent(row["rel_loss"]), "less" if row["rel_loss"] < 0 else "more"),
             "–" if pd.isna(row["random"]) else percent(row["random"]),
             f"{_unsteered(row):.2f}", f"{row['loss']:.2f}", f"{row['accuracy']:.0%}",
-            "yes" if row["in_raw"] else "–", "yes" if row["in_clean"] else "–",
+            " and ".join(name for name, column in FOUND.items() if row[column]) or "–",
         ]
         for row in feature.steering.sort_values("rel_loss", kind="stable").to_dict("records")
     ]  # fmt: skip
     heads = ["task", "added as", "best scale", "change of loss", "best random direction", "loss before", "after",
-             "accuracy", "in raw vector", "kept by cleaning"]  # fmt: skip
+             "accuracy", "in its vector"]  # fmt: skip
     return table(heads, rows)
 
 
