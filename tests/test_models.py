@@ -402,7 +402,8 @@ def test_on_the_real_models_losses_and_gradients_equal_a_hooked_forward_pass(nam
             loss = site.loss(ours[None], layer, mode)[0]
             torch.testing.assert_close(loss, expected.mean(), atol=1e-4, rtol=0)
             (gradient,), (reference,) = torch.autograd.grad(loss, ours), torch.autograd.grad(expected.mean(), theirs)
-            assert (gradient - reference).norm() <= 1e-4 * reference.norm()
+            # Rounding through 17 blocks in single precision: 1.4e-4 on a processor where another has less than 1e-4.
+            assert (gradient - reference).norm() <= 3e-4 * reference.norm()
 
 
 def test_prompts_longer_than_the_sliding_window_of_gemma_lose_nothing():
