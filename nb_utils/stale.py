@@ -117,7 +117,7 @@ def _weights(origin: Mapping, model: str) -> Iterator[str]:
     today = _model(model)
     if today and origin.get("model_sha256") != today:
         yield "other weights of the model"
-    ours = (ROOT / "saes" / model).is_dir()  # those of other models are not shipped
+    ours = (ROOT / "saes" / model).is_dir()  # those of other models are trained, not shipped
     if origin.get("parameters", {}).get("sae_set", "shipped") != "shipped" or not ours:
         return
     for layer, then in origin.get("sae_sha256", {}).items():
