@@ -13,7 +13,7 @@ import hashlib
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -117,13 +117,40 @@ def _weights(origin: Mapping, model: str) -> Iterator[str]:
     today = _model(model)
     if today and origin.get("model_sha256") != today:
         yield "other weights of the model"
-    ours = (ROOT / "saes" / model).is_dir()  # those of other models are trained, not shipped
-    if origin.get("parameters", {}).get("sae_set", "shipped") != "shipped" or not ours:
-        return
+    if _sae_set(origin) != "shipped" or not (ROOT / "saes" / model).is_dir():
+        return  # SAEs that are not here: `_trainings`
     for layer, then in origin.get("sae_sha256", {}).items():
         file = ROOT / "saes" / model / f"blocks.{layer}.hook_resid_post/sae_weights.safetensors"
         if not file.exists() or _sha256(file) != then:
             yield f"another SAE at block {layer}"
+
+
+def _sae_set(origin: Mapping) -> str:
+    return origin.get("parameters", {}).get("sae_set", "shipped")
+
+
+def _trainings(paths: Iterable[Path], folder: Path) -> dict[Path, list[str]]:
+    """Say which tables read other SAEs than most of the tables of their model, where these SAEs are not here.
+
+    Without the files only the tables can be held against one another; SAEs that are trained again are other SAEs.
+    """
+    read: dict[tuple[str, str, str], dict[str, list[Path]]] = {}
+    for path in paths:
+        model = path.relative_to(folder).parts[1]
+        if (ROOT / "saes" / model).is_dir():
+            continue
+        try:
+            origin = tables.read_provenance(path)
+        except TableError:
+            continue  # `reasons` names it
+        for layer, sha256 in origin.get("sae_sha256", {}).items():
+            read.setdefault((model, _sae_set(origin), layer), {}).setdefault(sha256, []).append(path)
+    found: dict[Path, list[str]] = {}
+    for (_, _, layer), trainings in read.items():
+        most = max(trainings, key=lambda sha256: len(trainings[sha256]))
+        for path in (path for sha256, group in trainings.items() if sha256 != most for path in group):
+            found.setdefault(path, []).append(f"at block {layer} another SAE than most tables of its model")
+    return found
 
 
 @cache
@@ -154,7 +181,8 @@ def report(folder: Path) -> tuple[list[str], bool]:
     """Return the lines that name what is stale below a folder, and whether anything is."""
     everything = sorted(path for path in folder.rglob("*.parquet") if not path.name.startswith("."))
     total = Counter(_group(path, folder) for path in everything)
-    stale = {path: why for path in everything if (why := reasons(path, folder))}
+    others = _trainings(everything, folder)
+    stale = {path: why for path in everything if (why := reasons(path, folder) + others.get(path, []))}
     found: dict[str, dict[str, list[str]]] = {}
     for path, why in stale.items():
         for reason in why:
