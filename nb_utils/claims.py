@@ -175,10 +175,8 @@ class Book:
 
     def single(self, kind: str = "executor") -> pd.Series:
         """Return the relative loss of every task with its best feature, chosen with its scale on validation prompts."""
-        tried = rows(self.table("05_cross_task_steering_sweep"), kind=kind)
-        tried = tried[tried["latent"] >= 0]
-        best = tried.loc[tried.groupby("task")["loss"].idxmin(), ["task", "latent"]]
-        return best.merge(self.steered("best", kind)).set_index("task")["rel_loss"]
+        steered, sweep = (self.table(f"05_cross_task_steering{part}") for part in ("", "_sweep"))
+        return metrics.best_single(steered, sweep, kind)["rel_loss"]
 
     def chance(self, kind: str = "executor") -> pd.Series:
         """Return the relative loss of every task with the random direction that is best on test, which favours it."""

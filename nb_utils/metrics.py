@@ -246,6 +246,17 @@ def steering_gain(frame: pd.DataFrame) -> pd.Series:
     return gain.where(gain >= 0.2, 0).rename("gain")
 
 
+def best_single(table: pd.DataFrame, sweep: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """Return the test row of every task (the index) with the feature that steers it best at its best scale.
+
+    ``table`` and ``sweep`` are those of experiment 05: both were chosen on validation prompts, which ``sweep`` holds.
+    """
+    tried = rows(sweep, kind=kind)
+    tried = tried[tried["latent"] >= 0]  # the others are random directions
+    chosen = tried.loc[tried.groupby("task")["loss"].idxmin(), ["task", "latent"]]
+    return chosen.merge(rows(table, kind=kind, which="best"), on=["task", "latent"]).set_index("task")
+
+
 def block_order(gain: pd.DataFrame) -> tuple[list, list]:
     """Order a grid of gains (features x tasks) so that what belongs together stands together.
 

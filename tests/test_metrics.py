@@ -339,6 +339,16 @@ def test_a_gain_is_the_share_of_the_tasks_largest_fall_and_small_ones_are_none()
     assert gain[6:].tolist() == [1.5, 0.0, 0.0]
 
 
+def test_the_best_single_feature_is_chosen_on_validation_prompts_and_its_test_row_returned():
+    sweep = [("a", 3, 2.0), ("a", 3, 1.0), ("a", 5, 1.5), ("a", -1, 0.1), ("b", 3, 2.0), ("b", 5, 1.0)]
+    sweep = pd.DataFrame(sweep, columns=["task", "latent", "loss"]).assign(kind="executor")
+    table = pd.DataFrame({"task": ["a", "a", "b", "b"], "latent": [3, 5, 3, 5], "loss": [1.9, 0.5, 2.1, 1.2]})
+    table = table.assign(kind="executor", which="best")
+    table = pd.concat([table, table.assign(which="fixed", loss=9.0), table.assign(kind="detector", loss=0.0)])
+    found = metrics.best_single(table, sweep, "executor")
+    assert found[["latent", "loss"]].T.to_dict("list") == {"a": [3, 1.9], "b": [5, 1.2]}
+
+
 def test_features_stand_in_the_order_of_the_tasks_that_they_help_and_alike_tasks_stand_together():
     gain = pd.DataFrame(
         [[0, 1, 0, 0.9], [1, 0, 0.8, 0], [0, 0.4, 0, 1], [0.3, 0, 1, 0]],
