@@ -1,6 +1,6 @@
 """Measure the book's SAEs on held-out text; write a table, and from it a card beside each SAE.
 
-Run as ``python -m workflow.measure_saes``. The model runs in bf16, as it did in training, the SAEs in fp32.
+Run as ``python -m workflow.measure_saes``. The model runs in its fastest dtype, which the card names, the SAEs in fp32.
 BOS is left out everywhere.
 """
 
