@@ -137,20 +137,10 @@ def test_what_cannot_be_compared_is_one_sentence(made, tmp_path, capsys):
     assert "antonyms.parquet is damaged" in said and said.count("\n") == 1
 
 
-# Measured before tables said where they come from. Measured again (`make saes`), it leaves this list.
-SILENT = {"saes/gemma-3-270m/quality.parquet"}
-
-
 def test_every_committed_table_says_where_it_comes_from():
-    """Those made before a part was recorded are stale, and the command says so; none lacks the rest."""
-    first = {"code", "model_sha256", "parameters", "sae_sha256", "versions"}
-    folder = ROOT / tables.FOLDER
-    for path in sorted(folder.rglob("*.parquet")):
-        if str(path.relative_to(folder)) in SILENT:
-            assert stale.reasons(path, folder) == ["no provenance"]
-            continue
+    """A stale table is named by the command; but each has all parts of its provenance."""
+    for path in sorted((ROOT / tables.FOLDER).rglob("*.parquet")):
         found = tables.read_provenance(path)
-        fresh = not any("provenance" in reason for reason in stale.reasons(path, folder))
-        assert (set(tables.PARTS) if fresh else first) <= set(found), path
+        assert set(tables.PARTS) <= set(found), path
         assert all(found[name] for name in ("code", "model_sha256", "parameters", "versions")), path
         json.dumps(found)
