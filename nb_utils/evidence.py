@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from html import escape
+from itertools import groupby
 
 import pandas as pd
 
@@ -236,18 +237,21 @@ def steering(feature: Feature) -> str:
 def kept(feature: Feature, most: int | None = None) -> str:
     """List the tasks whose vector keeps the feature, each with what the feature alone does to that task's loss.
 
-    The most helped come first; ``most`` of them are named.
+    The most helped come first, those of which the same is said together; ``most`` of them are named.
     """
     tried = feature.steering[["kind", "task", "rel_loss"]].astype({"rel_loss": float})
     rows = feature.kept[feature.kept["task"] != ""].merge(tried, how="left", on=["kind", "task"])
-    rows = rows.sort_values(["rel_loss", "task"], kind="stable").to_dict("records")
+    rows = rows.sort_values(["rel_loss", "kind", "task"], kind="stable").to_dict("records")
     named = [
-        f"{show(plots.title(row['task']))} ({show(row['kind'])}, "
-        f"{'no causal test' if pd.isna(row['rel_loss']) else percent(row['rel_loss'])})"
-        for row in rows[:most]
+        f"{', '.join(show(plots.title(row['task'])) for row in alike)} ({show(said)})"
+        for said, alike in groupby(rows[:most], key=_alone)
     ]
     more = [f"{len(rows) - most} more"] if most is not None and len(rows) > most else []
     return "; ".join(named + more) or "none"
+
+
+def _alone(row: dict) -> str:
+    return f"{row['kind']}, {'no causal test' if pd.isna(row['rel_loss']) else percent(row['rel_loss'])}"
 
 
 def html(feature: Feature) -> str:

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -126,6 +127,16 @@ def test_a_task_is_never_named_without_a_causal_number_or_the_lack_of_one(featur
     assert evidence.kept(features["10_5"]) == "English to Spanish (executor, no causal test)"
     assert evidence.kept(features["10_4"], most=1).endswith("; 1 more")
     assert evidence.kept(features["10_8"]) == "none"
+
+
+def test_tasks_of_which_the_same_is_said_are_listed_together(features):
+    kept = pd.DataFrame({"kind": ["executor", "detector", "executor"], "task": ["en_it", "en_fr", "de_en"]})
+    found = replace(features["10_5"], kept=pd.concat([features["10_5"].kept[["kind", "task"]], kept]))
+    assert evidence.kept(found) == (
+        "English to French (detector, no causal test); "
+        "German to English, English to Spanish, English to Italian (executor, no causal test)"
+    )
+    assert evidence.kept(found, most=2).endswith("; German to English (executor, no causal test); 2 more")
 
 
 def test_random_directions_and_fixed_scales_are_no_features(features):
