@@ -117,8 +117,8 @@ def _weights(origin: Mapping, model: str) -> Iterator[str]:
     today = _model(model)
     if today and origin.get("model_sha256") != today:
         yield "other weights of the model"
-    if _sae_set(origin) != "shipped" or not (ROOT / "saes" / model).is_dir():
-        return  # SAEs that are not here: `_trainings`
+    if not _shipped(origin, model):
+        return  # `_trainings`
     for layer, then in origin.get("sae_sha256", {}).items():
         file = ROOT / "saes" / model / f"blocks.{layer}.hook_resid_post/sae_weights.safetensors"
         if not file.exists() or _sha256(file) != then:
@@ -129,20 +129,25 @@ def _sae_set(origin: Mapping) -> str:
     return origin.get("parameters", {}).get("sae_set", "shipped")
 
 
+def _shipped(origin: Mapping, model: str) -> bool:
+    """Say whether a table read SAEs that are here."""
+    return _sae_set(origin) == "shipped" and (ROOT / "saes" / model).is_dir()
+
+
 def _trainings(paths: Iterable[Path], folder: Path) -> dict[Path, list[str]]:
-    """Say which tables read other SAEs than most of the tables of their model, where these SAEs are not here.
+    """Say which tables read other SAEs than most tables of their model and set, where these SAEs are not here.
 
     Without the files only the tables can be held against one another; SAEs that are trained again are other SAEs.
     """
     read: dict[tuple[str, str, str], dict[str, list[Path]]] = {}
     for path in paths:
         model = path.relative_to(folder).parts[1]
-        if (ROOT / "saes" / model).is_dir():
-            continue
         try:
             origin = tables.read_provenance(path)
         except TableError:
             continue  # `reasons` names it
+        if _shipped(origin, model):
+            continue
         for layer, sha256 in origin.get("sae_sha256", {}).items():
             read.setdefault((model, _sae_set(origin), layer), {}).setdefault(sha256, []).append(path)
     found: dict[Path, list[str]] = {}
