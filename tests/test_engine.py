@@ -198,3 +198,20 @@ def test_taking_prompts_equals_preparing_them_alone(tiny):
     order = torch.tensor([4, 1])
     alone = engine.Site.prepare(tiny, [batch[4], batch[1]])
     torch.testing.assert_close(site.take(order).loss(vectors, 1), alone.loss(vectors, 1), atol=1e-4, rtol=0)
+
+
+def test_a_loss_of_fixed_shapes_equals_that_of_the_prompts_taken(tiny):
+    pool = [*pairs(), tasks.Pair("hard", "so", ("so",))]  # answers of unequal length
+    site = engine.Site.prepare(tiny, prompts.zero_shot(tiny.tokenizer, pool), answer_tokens=4)
+    vectors = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)) * 3
+    for vocabulary in (None, engine.vocabulary(site, keep=60)):
+        for mode in ("add", "replace"):
+            fixed = site._fixed(2, mode, vocabulary, 4)
+            for order in ([0, 1, 2, 3], [6, 2, 5, 0]):
+                ours, theirs = (vectors.clone().requires_grad_() for _ in range(2))
+                loss = fixed(ours, torch.tensor(order))
+                expected = site.take(torch.tensor(order)).loss(theirs, 2, mode, vocabulary)
+                torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+                loss.sum().backward()
+                expected.sum().backward()
+                torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-4, rtol=1e-4)
