@@ -45,11 +45,11 @@ NORMALISATIONS = {
     "layer_norm": PER_TOKEN, "constant_norm_rescale": PER_TOKEN, "constant_scalar_rescale": PER_TOKEN,
 }  # fmt: skip
 # Weights of other formats by file name: what they are, and what of SAELens to make of them.
-SCOPE = "name its release and SAE (gemma-scope-…:layer_…), or put its arrays (apply_b_dec_to_input=False) into JumpReLUSAE"
+SCOPE = "name its release (gemma-scope-…:layer_…), or put its arrays into JumpReLUSAE (apply_b_dec_to_input=False)"
 FOREIGN = {
     "params.npz": f"params.npz, which is Gemma Scope's format: {SCOPE}",
     "params.safetensors": f"params.safetensors, which is Gemma Scope 2's format: {SCOPE}",
-    "sae.safetensors": "sae.safetensors, which is the format of EleutherAI's sparsify: put its tensors into TopKSAE (its k, "
+    "sae.safetensors": "sae.safetensors, which is EleutherAI's format (sparsify): put its tensors into TopKSAE (its k, "
     "apply_b_dec_to_input=True, W_enc=encoder.weight.T, b_enc=encoder.bias, W_dec and b_dec)",
     "ae.pt": "only ae.pt, and pickled weights are not loaded: if it is an AutoEncoder of dictionary_learning, read it "
     "with torch.load(…, weights_only=True) and put its tensors into StandardSAE (apply_b_dec_to_input=True, "
@@ -58,7 +58,10 @@ FOREIGN = {
 
 
 class SaeError(ValueError):
-    """A sparse autoencoder that cannot be had or does not fit; the message says what to do."""
+    """A sparse autoencoder that cannot be had or does not fit; the message is one line and says what to do."""
+
+    def __init__(self, message: str):
+        super().__init__("".join(char if char.isprintable() else "?" for char in message))
 
 
 class OtherHookError(SaeError):
@@ -272,9 +275,9 @@ def _catalogue(model: Model, sae_set: str) -> dict[int, list[Path] | str]:
                 "`python -m workflow.train_saes`, or name a folder or a release of SAELens's registry."
             )
         return _folder_layers(folder)
-    if Path(sae_set).is_dir():
+    if os.path.isdir(sae_set):  # of a Path, a name too long for one is an OSError
         return _folder_layers(Path(sae_set))
-    if Path(sae_set).is_file():
+    if os.path.isfile(sae_set):
         raise SaeError(f"{sae_set} is a file: name the folder that holds {CONFIG} and {WEIGHTS}.")
     release, _, sae_id = sae_set.partition(":")
     registry = _registry()

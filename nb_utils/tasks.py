@@ -31,7 +31,10 @@ SIZES = {"vector": 0.35, "train": 0.20, "validation": 0.15, "test": 0.30}
 
 
 class TaskError(ValueError):
-    """A task that does not exist or a task file that cannot be used; the message says what to mend."""
+    """A task that does not exist or a task file that cannot be used; the message is one line and says what to mend."""
+
+    def __init__(self, message: str):
+        super().__init__("".join(char if char.isprintable() else "?" for char in message))
 
 
 @dataclass(frozen=True)
@@ -211,7 +214,7 @@ def _digest(text: str) -> bytes:
 
 
 def _read(path: Path) -> Task:
-    where = "".join(char if char.isprintable() else "?" for char in str(path))
+    where = str(path)
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
