@@ -20,7 +20,10 @@ FORMAT = "sparse-task-vector/1"
 
 
 class ExportError(ValueError):
-    """A vector that cannot be written or read; the message says what to do."""
+    """A vector that cannot be written or read; the message is one line and says what to do."""
+
+    def __init__(self, message: str):
+        super().__init__("".join(char if char.isprintable() else "?" for char in message))
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def load(folder: str | Path, model=None, sae=None) -> Vector:
     folder = Path(folder)
     try:
         data = (folder / VECTOR).read_bytes()
-        record = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        record = json.loads((folder / CARD).read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise ExportError(f"There is no {error.filename}: name a folder with {VECTOR} and {CARD}.") from None
     except (OSError, ValueError, RecursionError) as error:

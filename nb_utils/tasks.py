@@ -305,7 +305,7 @@ def _task(where: str, stem: str, record: object) -> Task:
     }
     for field, default in defaults.items():
         value = fields.get(field, default)
-        if type(value) is not str:
+        if type(value) is not str or not value.strip():
             raise TaskError(f"{where}: {field!r} must be a non-empty string, not {_what(value)}.")
         defaults[field] = _text(value, f"{where}: {field!r}")
     if "/" in defaults["name"] or "\\" in defaults["name"]:
