@@ -94,7 +94,7 @@ function render({ model, el: root }) {
       fill(layer, told.layers.map((l) => [l, `after block ${l}`]), told.layers.includes(10) ? 10 : told.layers[0]);
       box.append(el("div", { class: "nbw-controls" },
         el("div", {}, field("Pairs, one x -> y a line, or JSON", pairs)),
-        el("div", {}, field("Or the path of a JSON file", path), field("Layer", layer), field("Method", method), el("p", {}, start, stop), bar, doing)),
+        el("div", {}, field("Or the path of a task file", path), field("Layer", layer), field("Method", method), el("p", {}, start, stop), bar, doing)),
       problem, result,
       el("div", {}, field("Folder of the export", folder), put, get, files));
     }
