@@ -146,10 +146,11 @@ def load(model: Model, sae_set: str | Path, layer: int, allow_other_model: bool 
     if _is_random(model, sae_set):
         return random(model, layer)
     catalogue = _catalogue(model, str(sae_set))
-    if layer not in catalogue:
+    named = not os.path.isdir(sae_set) and ":" in str(sae_set)  # one SAE of a release: it says itself what it reads
+    if layer not in catalogue and not named:
         listed = ", ".join(map(str, sorted(catalogue))) or "no layer"
         raise SaeError(f"{str(sae_set)!r} has no residual-stream SAE for layer {layer}, only for {listed}.")
-    source = catalogue[layer]
+    source = str(sae_set) if named else catalogue[layer]
     if isinstance(source, str):
         sae, name, sha256 = _read_release(source), source, f"hub:{source}"
     elif len(source) > 1:
@@ -164,7 +165,7 @@ def load(model: Model, sae_set: str | Path, layer: int, allow_other_model: bool 
     if ours.layer != layer:
         raise SaeError(
             f"{name} reads {ours.hook_name}, the output of block {ours.layer}, not of block {layer}: "
-            "name the SAE that you want as release:sae_id."
+            f"name it so, and ask for layer {ours.layer}."
         )
     if allow_other_model is None:
         allow_other_model = os.environ.get(OTHER_MODEL) == "1"
@@ -343,7 +344,7 @@ def _read_release(source: str):
     except Exception as error:  # hub, network, cache and file formats each have their own family of errors
         raise SaeError(
             f"{source} could not be loaded ({_reason(error)}): check your connection to the hub and that "
-            "you accepted the SAE's terms there, or use the set 'shipped'."
+            "you accepted the SAE's terms there."
         ) from error
 
 

@@ -421,6 +421,16 @@ def test_of_several_saes_for_a_layer_one_has_to_be_named(tmp_path, tiny):
     assert saes.load(tiny, named, 2).name == "final_300000"
 
 
+def test_an_sae_of_a_release_that_reads_another_block_than_its_id_says_is_had_as_told(tiny, monkeypatch):
+    # What the hub would give for an id that counts blocks by what they read.
+    monkeypatch.setattr(saes, "_read_release", lambda source: random_saelens(hook="blocks.3.hook_resid_pre"))
+    with pytest.raises(SaeError, match="block 2, not of block 3: name it so, and ask for layer 2") as said:
+        saes.load(tiny, "gemma-scope-2b-pt-res-canonical", 3)
+    named = str(said.value).split(" reads ")[0]
+    assert named == "gemma-scope-2b-pt-res-canonical:layer_3/width_16k/canonical"
+    assert saes.load(tiny, named, 2).name == named
+
+
 def test_half_precision_weights_are_computed_with_in_single_precision(tmp_path, tiny):
     random_saelens().to(dtype=torch.bfloat16).save_model(tmp_path)
     ours = saes.load(tiny, tmp_path, 2)
