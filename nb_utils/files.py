@@ -16,6 +16,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from nb_utils.text import visible
+
 MANIFEST = "manifest.json"
 SEAL = hashlib.sha256().digest_size
 SAID_AGAIN = 60  # seconds between two words of who waits
@@ -53,10 +55,10 @@ def _acquire(lock: FileLock, target: Path) -> None:
         try:
             return lock.acquire(timeout=2)
         except Timeout:
-            missing = 0 if Path(lock.lock_file).exists() else missing + 1  # once: who held it has just ended
-        if missing > 1:
+            missing = 0 if Path(lock.lock_file).exists() else missing + 1
+        if missing > 1:  # the first time, who held it may have just ended
             raise OSError(errno.ENOLCK, "no lock can be made there")
-        if said is None or time.monotonic() > said + SAID_AGAIN:
+        if not missing and (said is None or time.monotonic() > said + SAID_AGAIN):
             logging.getLogger(__name__).warning("Waiting for another process that makes %s.", target)
             said = time.monotonic()
 
@@ -103,6 +105,7 @@ def write(target: str | Path, *parts: bytes) -> Path:
 def unwritten(target: str | Path, error: Exception) -> str:
     """Say that a target could not be written, why, and what to do."""
     said = getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
+    target = visible(str(target))
     remedy = "make room or give another folder, then run again; what was there is intact"
     return f"{target} could not be written ({said}): {remedy}."
 

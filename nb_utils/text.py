@@ -9,6 +9,7 @@ import unicodedata
 
 MARKS = {"\n": "↵", "\t": "⇥"}
 JOINERS = "\u200c\u200d"  # invisible, and part of how words and emoji are written
+SIGN = re.compile(r"(?!(?<=[A-Za-z0-9])_[A-Za-z0-9])[!-/:-@\[-`{-~]")  # in a word, _ means nothing
 STEM, DIGITS = 40, 8  # length of a name, and of the hash behind it
 
 
@@ -31,8 +32,11 @@ def verbatim(text: object) -> Html:
     Every sign that could mean something there becomes its number; the two that begin a formula stand in an element of
     their own, because MathJax reads the text of an element after it was decoded.
     """
-    signs = (f"&#{ord(c)};" if c.isascii() and not (c.isalnum() or c == " ") else c for c in visible(str(text)))
-    return Html("".join(f"<span>{sign}</span>" if sign in ("&#36;", "&#92;") else sign for sign in signs))
+    return Html(SIGN.sub(lambda found: _numbered(found[0]), visible(str(text))))
+
+
+def _numbered(sign: str) -> str:
+    return f"<span>&#{ord(sign)};</span>" if sign in "$\\" else f"&#{ord(sign)};"
 
 
 def slug(name: str, content: bytes) -> str:
