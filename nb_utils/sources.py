@@ -18,7 +18,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("nb_utils", "workflow", "benchmarks")
-AFTER_MEASURING = ("nb_utils.files", "nb_utils.plots", "nb_utils.tables")
+AFTER_MEASURING = ("nb_utils.files", "nb_utils.plots", "nb_utils.tables", "nb_utils.text")
 LOOSE = "(statements)"
 # Tables that no experiment makes, and what does.
 SCRIPTS = {

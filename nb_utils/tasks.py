@@ -9,8 +9,10 @@ import io
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from nb_utils.text import slug, visible
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 FOLDERS = {"word": DATA / "tasks", "sentence": DATA / "sentences"}
@@ -26,6 +28,8 @@ SPACES, CONTROLS = re.compile(r"[ \t\r\n]*"), re.compile(r"[\x00-\x08\x0b-\x1f\x
 MIN_PAIRS = 20
 # The smallest bucket that still gives a query and two shots.
 MIN_BUCKET = 3
+# A title stands above figures and in the list of pages.
+MAX_TITLE = 120  # characters
 # vector: task vectors are averaged over it; train: cleaning; validation: choices; test: reported numbers.
 SIZES = {"vector": 0.35, "train": 0.20, "validation": 0.15, "test": 0.30}
 
@@ -97,6 +101,8 @@ def load(name_or_path: str | Path, kind: str = "word") -> Task:
 
     An output may be a list of accepted answers, the preferred one first. A number is taken as it is written. Spaces
     around inputs and answers are dropped, and entries of one input are merged (see `Task`).
+    The name of a task that is not shipped is made safe and gains a hash of its file, so that it can name results (see
+    `nb_utils.text.slug`).
 
     Raises TaskError, naming the file and the entry, if there is no such task or the file cannot be used.
     """
@@ -111,8 +117,18 @@ def load(name_or_path: str | Path, kind: str = "word") -> Task:
                 f"There is no task {text!r}.{hint} Shipped are: {', '.join(names(kind))}; "
                 f"a file of your own is given by its path, ending in {', '.join(SUFFIXES)}."
             )
-        name_or_path = FOLDERS[kind] / f"{text}.json"
-    return _read(Path(name_or_path))
+        return _read(FOLDERS[kind] / f"{text}.json")
+    return _identified(_read(Path(text)), Path(text))
+
+
+def _identified(task: Task, path: Path) -> Task:
+    """Name a task of a user's file by what the file holds: no other file, and no shipped task, has that name."""
+    if len(title := visible(task.title)) > MAX_TITLE:
+        raise TaskError(
+            f"{path}: its title has {len(title)} characters and {MAX_TITLE} are the most: give it a shorter 'title'."
+        )
+    shipped = path.resolve().parent == FOLDERS[task.kind]
+    return replace(task, title=title, name=task.name if shipped else slug(task.name, path.read_bytes()))
 
 
 def files(name_or_path: str) -> dict[str, Path]:
@@ -308,10 +324,6 @@ def _task(where: str, stem: str, record: object) -> Task:
         if type(value) is not str or not value.strip():
             raise TaskError(f"{where}: {field!r} must be a non-empty string, not {_what(value)}.")
         defaults[field] = _text(value, f"{where}: {field!r}")
-    if "/" in defaults["name"] or "\\" in defaults["name"]:
-        raise TaskError(
-            f"{where}: 'name' names the result files, so it may not hold a slash: {defaults['name']!r}."
-        )
     if defaults["kind"] not in FOLDERS:
         raise TaskError(f"{where}: 'kind' must be one of {', '.join(FOLDERS)}, not {defaults['kind']!r}.")
     return Task(pairs=pairs, copies=copies, joined=joined, **defaults)

@@ -117,7 +117,7 @@ def job_workflow(home):
     for path in (ROOT / "book/experiments").glob("*.ipynb"):
         small[path.stem] = {key: value for key, value in sizes.items() if key in runs.known_parameters(path)}
     book = yaml.safe_load((home / "workflow/book.yaml").read_text())
-    book |= {"parameters": small, "model": "tiny", "sae_set": "random", "tables_dir": "out"}
+    book |= {"parameters": small, "model": "tiny", "sae_set": "shipped", "tables_dir": "out"}
     (home / "workflow/book.yaml").write_text(yaml.safe_dump(book))
     words = [Path(sys.executable).with_name("snakemake"), "--snakefile", "workflow/Snakefile", "--profile",
              "workflow/profiles/local", "--cores", "2", "--config", "size=book", "tasks=antonyms,en_es"]  # fmt: skip

@@ -19,7 +19,7 @@ EXPERIMENTS = sorted((ROOT / "book/experiments").glob("*.ipynb"))
 FINDINGS = sorted((ROOT / "book/findings").glob("*.ipynb"))
 COMMON = ("task", "model", "sae_set", "layers", "tables_dir")
 # A tiny run of every experiment: the parameters that all share, and sizes for those that an experiment has.
-TINY = {"task": "antonyms", "model": "tiny", "sae_set": "random", "layers": "2,3"}
+TINY = {"task": "antonyms", "model": "tiny", "sae_set": "shipped", "layers": "2,3"}
 SIZES = {
     "n_prompts": 4, "n_shots": 4, "n_train": 8, "n_validation": 6, "n_test": 8, "n_sentences": 4, "seeds": 2,
     "atoms": "2,4,8", "penalties": "1,3", "penalty": 1.0, "sizes": "8,4,2", "steps": 6, "steps_a_stage": 2,

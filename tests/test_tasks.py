@@ -1,5 +1,6 @@
 import hashlib
 import json
+from dataclasses import replace
 import random
 import re
 import subprocess
@@ -122,7 +123,7 @@ def test_a_dict_a_list_and_our_own_format_read_alike(tmp_path):
     ours = tasks.load(written(tmp_path, {"title": "Mine", "licence": "CC0", "pairs": rows}, "c.json"))
     assert as_dict.pairs == as_list.pairs == ours.pairs
     assert as_dict.pairs[0] == Pair("x0", "y0", ("y0",))
-    assert (as_dict.name, as_dict.title, ours.title, ours.licence) == ("a", "A", "Mine", "CC0")
+    assert as_dict.name.startswith("a.") and (as_dict.title, ours.title, ours.licence) == ("A", "Mine", "CC0")
 
 
 def test_a_list_of_answers_keeps_its_order_and_drops_repeats(tmp_path):
@@ -174,7 +175,7 @@ def renamed(x, y, **more):
 )  # fmt: skip
 def test_the_formats_of_others_are_read_where_they_are_unambiguous(tmp_path, content):
     own = tasks.load(written(tmp_path, ROWS))
-    assert tasks.load(written(tmp_path, content)) == own
+    assert replace(tasks.load(written(tmp_path, content)), name=own.name) == own  # its name has the file's hash
 
 
 @pytest.mark.parametrize(
@@ -282,9 +283,9 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_line_that_names_the_entry(
     [
         ({"title": 3}, "'title' must be"),
         ({"kind": "poem"}, "'kind' must be one of"),
-        ({"name": "../x"}, "a slash"),
         ({"name": "a\nb"}, "'name' must be one line"),
         ({"title": "a\0b"}, "'title' holds a control character"),
+        ({"title": "x" * 121}, "121 characters and 120 are the most"),
     ],
 )
 def test_a_wrong_field_of_our_own_format_is_named(tmp_path, fields, says):

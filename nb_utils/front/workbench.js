@@ -1,6 +1,7 @@
 // Clean a vector from your own pairs. All of it is computed by the kernel; without one there is only the sentence.
 
 function render({ model, el: root }) {
+  hideWords(model);
   const data = JSON.parse(model.get("data"));
   const status = el("p", { class: "nbw-status", role: "status" }, "Cleaning is computed by a kernel: run this page in JupyterLab (make lab). What it makes of 20 pairs stands in the figure and the table beside.");
   const box = el("div", { class: "nbw", role: "group", "aria-label": "Clean your own vector", "data-mode": "precomputed" }, status);
