@@ -93,10 +93,11 @@ class Site:
 
         ``at``: "separator" steers the query's separator, "output" the last token of the last shot's y.
         ``answer_tokens``: how many tokens of each answer to predict (None: all).
-        Raises ValueError for an empty set, or a steered position with nothing before it.
+        Raises ValueError for an empty set, a steered position with nothing before it, or a prompt that is too long.
         """
         if not prompts:
             raise ValueError("A site needs at least one prompt.")
+        _fit(model, prompts)
         positions = [p.separators[-1] if at == "separator" else p.outputs[-1] for p in prompts]
         if min(positions) < 1:
             raise ValueError("A steered position needs at least one token before it.")
@@ -340,7 +341,9 @@ def residuals(model: Model, prompts, positions, layers, batch: int = 16) -> dict
     """Return the residual stream after each of ``layers`` at ``positions`` (a tuple of indices per prompt), stacked.
 
     These are the values at ``blocks.{layer}.hook_resid_post``. Blocks after the last layer asked for are not run.
+    Raises ValueError for a prompt that is too long for the model.
     """
+    _fit(model, prompts)
     layout, kept = model.layout, {layer: [] for layer in layers}
     for start in range(0, len(prompts), batch):
         part, spots = prompts[start : start + batch], positions[start : start + batch]
@@ -363,6 +366,16 @@ def residuals(model: Model, prompts, positions, layers, batch: int = 16) -> dict
 
 class _Enough(Exception):
     """Leaves a forward pass whose later blocks nobody needs."""
+
+
+def _fit(model: Model, prompts) -> None:
+    """Raise ValueError if a prompt is longer than the model is exact on (`Layout.longest`)."""
+    bound, longest = model.layout.longest, max((len(prompt.ids) for prompt in prompts), default=0)
+    if bound is not None and longest > bound:
+        raise ValueError(
+            f"A prompt of {longest:,} tokens is longer than the {bound:,} up to which {model.name!r} is exact: "
+            "use fewer or shorter pairs."
+        )
 
 
 def _single(hidden: Tensor) -> Tensor:

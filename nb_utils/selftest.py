@@ -67,12 +67,16 @@ def differences(model) -> tuple[float, float]:
 
 def short_prompts(tokenizer) -> list[Prompt]:
     """Return two prompts of unequal length, made of tokens as the tokenizer gives them."""
-    ids = tokenizer(TEXT)["input_ids"]
-    ids = (ids * LENGTHS[0])[: LENGTHS[0]]  # a tokenizer that knows no word of it still gives some token
+    ids = tokens(tokenizer)
     return [
         Prompt(tuple(ids[:n]), (n - ANSWER - 2,), (), tuple(ids[n - ANSWER : n]), (tuple(ids[n - ANSWER : n]),))
         for n in LENGTHS
     ]
+
+
+def tokens(tokenizer) -> list[int]:
+    """Return some tokens as the tokenizer gives them, the first as it begins a text."""
+    return (tokenizer(TEXT)["input_ids"] * LENGTHS[0])[: LENGTHS[0]]  # whatever it makes of the words, there are enough
 
 
 def plain_losses(model, prompt: Prompt, vectors: Tensor, cases) -> Tensor:
