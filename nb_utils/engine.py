@@ -9,6 +9,7 @@ This is the only place that works on the model's device: what comes in may lie a
 """
 
 import os
+from collections import UserDict
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -126,8 +127,11 @@ class Site:
         given, residual = [], []
 
         def listen(block, args, kwargs):
-            kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-            given.append(_changed((args[1:], kwargs), lambda value: _CACHE if value is cache else value))
+            kwargs = {name: held(value) for name, value in kwargs.items() if name != "hidden_states"}
+            given.append((tuple(held(value) for value in args[1:]), kwargs))
+
+        def held(value):
+            return _CACHE if value is cache else value
 
         with ExitStack() as hooks:
             for layer, block in enumerate(layout.blocks):
@@ -170,13 +174,13 @@ class Site:
         first = base[:, 0] + v if mode == "add" else v
         stream = torch.cat([first[:, :, None], base[:, 1:].expand(n, -1, -1, -1)], dim=2)
         stream = stream.reshape(n * batch, suffix, d_model)
-        blocks = self.model.layout.blocks[layer + 1 : end]
+        blocks, seen = self.model.layout.blocks[layer + 1 : end], {}
 
         def copied(value):
             return self.frozen if value is _CACHE else _copies(value, batch, n)
 
         for block, given in zip(blocks, self.given[layer + 1 : end], strict=True):
-            args, kwargs = _changed(given, copied)
+            args, kwargs = _changed(given, copied, seen)
             stream = layouts.stream(block(stream, *args, **kwargs))
         return stream.view(n, batch, suffix, d_model)
 
@@ -292,7 +296,7 @@ class Site:
             self,
             prompts=tuple(self.prompts[i] for i in order.tolist()),
             frozen=_Frozen([(keys[order], values[order]) for keys, values in self.frozen.layers]),
-            given=_changed(self.given, lambda value: _rows(value, len(self.prompts), order)),
+            given=_changed(self.given, lambda value: _rows(value, len(self.prompts), order), {}),
             residual=tuple(stream[order] for stream in self.residual),
             rows=torch.stack([new[self.rows[0, here]], self.rows[1, here]]),
             labels=self.labels[here], place=self.place[here],
@@ -397,10 +401,19 @@ def _batched(value, batch: int) -> bool:
     return isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == batch > 1
 
 
-def _changed(value, change):
-    """Apply ``change`` to everything inside nested tuples, lists and dictionaries."""
-    if isinstance(value, dict):
-        return {key: _changed(item, change) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_changed(item, change) for item in value)
-    return change(value)
+def _changed(value, change, seen: dict):
+    """Apply ``change`` to everything inside nested tuples, lists and dictionaries.
+
+    ``seen``: {id: what became of it}, so that what blocks share, such as a dictionary in which one leaves keys for
+    another, is shared by them afterwards too.
+    """
+    if id(value) not in seen:
+        if isinstance(value, (dict, UserDict)):
+            made = type(value) if isinstance(value, UserDict) else dict
+            new = made({key: _changed(item, change, seen) for key, item in value.items()})
+        elif isinstance(value, (tuple, list)):
+            new = type(value)(_changed(item, change, seen) for item in value)
+        else:
+            new = change(value)
+        seen[id(value)] = new
+    return seen[id(value)]
