@@ -119,9 +119,13 @@ class Site:
                 place.append(j)
         order = (mask.cumsum(1) - 1).clamp_min(0)
 
+        from transformers import DynamicCache
+
         layout = model.layout
+        # A cache that keeps all: one that forgets what lies outside a window is not what a plain pass sees everywhere.
         cache = layout.core(
-            ids[:, :before], attention_mask=mask[:, :before], use_cache=True, **layout.positions(order[:, :before])
+            ids[:, :before], attention_mask=mask[:, :before], past_key_values=DynamicCache(), use_cache=True,
+            **layout.positions(order[:, :before]),
         ).past_key_values
         frozen = _Frozen([(layer.keys, layer.values) for layer in cache.layers])
         given, residual = [], []
@@ -398,7 +402,7 @@ def _rows(value, batch: int, order):
 
 
 def _batched(value, batch: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == batch > 1
+    return isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == batch
 
 
 def _changed(value, change, seen: dict):

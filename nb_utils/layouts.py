@@ -135,7 +135,8 @@ def stream(out) -> Float[Tensor, "... d_model"]:
 def of(hf: torch.nn.Module) -> Layout:
     """Find the parts of a causal language model of transformers.
 
-    Raises LayoutError if it has no stack of blocks, no final norm or no unembedding where such models have them.
+    Raises LayoutError if it has no stack of blocks, no final norm or no unembedding where such models have them, or
+    a bias in attention that the engine would mix up.
     """
     config, core, head = hf.config.get_text_config(decoder=True), hf.get_decoder(), hf.get_output_embeddings()
     core = hf.model if core is hf and hasattr(hf, "model") else core
@@ -146,6 +147,8 @@ def of(hf: torch.nn.Module) -> Layout:
     for part, candidates in found.items():
         if not candidates:
             raise LayoutError(f"has no {part} where we look for one")
+    if getattr(getattr(config, "attn_config", None), "alibi", False):
+        raise LayoutError("adds a bias to attention by head, which we cannot tell from one by prompt")
     scale = 1.0
     for name, power in SCALES.items():
         scale *= float(getattr(config, name, None) or 1) ** power

@@ -35,9 +35,15 @@ PAIRS = [Pair(x, y, (y,)) for x, y in zip(WORDS[::2], WORDS[1::2], strict=True)]
 
 MIXED = ["sliding_attention", "full_attention"] * 2
 SHARED = {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "layer_types": MIXED}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1}
 OVERRIDES: dict[str, dict] = {  # switches that matter to exactness, and what a class insists on
     "phimoe": {"lm_head_bias": True},
     "ernie4_5_moe": {"use_bias": True},
+    "zaya": {"num_experts_per_tok": 1},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 16},
+    "bamba": MAMBA, "granitemoehybrid": MAMBA | {"layer_types": ["mamba", "attention"] * 2},
+    "reformer": {"is_decoder": True},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1},
     "gemma3n_text": SHARED,
     "gemma4_text": SHARED | {"global_head_dim": 8},
     "gemma4_unified_text": SHARED | {"global_head_dim": 8},
@@ -66,8 +72,7 @@ TOKENS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 
 def sizes(config) -> dict:
     """Return tiny values for whatever of our sizes a configuration knows."""
-    if hasattr(config, "allow_global_per_layer_attribute_access"):
-        config.allow_global_per_layer_attribute_access = True  # tiny models have the same sizes in every block
+    config.allow_global_per_layer_attribute_access = True  # tiny models have the same sizes in every block
     known = {name: value for value, names in SIZES for name in names.split() if hasattr(config, name)}
     if "kv_lora_rank" in known:  # latent attention has as many keys as queries, of its own width
         known = {name: value for name, value in known.items() if name != "head_dim"} | {"num_key_value_heads": N_HEADS}
