@@ -9,13 +9,17 @@ This is the only place that works on the model's device: what comes in may lie a
 """
 
 import os
+from collections import UserDict
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from nb_utils import layouts
 from nb_utils.models import Model
 from nb_utils.prompts import Prompt
 
@@ -23,11 +27,17 @@ BYTE_BUDGET = int(os.environ.get("NB_BYTE_BUDGET", 1 << 28))  # what one chunk o
 VOCABULARY_BLOCK = 2048  # logits computed at a time: they stay in the processor's cache until they are summed
 
 
+_CACHE = object()  # stands for the cache among what the model passes to a block, whatever the block calls it
+
+
 class _Frozen:
     """Keys and values of the unsteered prefix; hands them to attention and never grows."""
 
     def __init__(self, layers):
         self.layers = layers  # [(keys, values)] per block, each [batch, heads, prefix, d_head]
+
+    def get_seq_length(self, layer_idx=0) -> int:
+        return self.layers[layer_idx][0].shape[-2]
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
         kept = self.layers[layer_idx]
@@ -71,7 +81,7 @@ class Site:
     model: Model
     prompts: tuple[Prompt, ...]
     frozen: _Frozen
-    kwargs: tuple[dict, ...]  # what the model passes to each block for the suffix
+    given: tuple[tuple[tuple, dict], ...]  # what the model passes to each block for the suffix, beside the stream
     residual: tuple[Float[Tensor, "batch suffix d_model"], ...]  # output of each block, unsteered
     rows: Int[Tensor, "2 n_labels"]  # (prompt, position) of every answer token to predict
     labels: Int[Tensor, " n_labels"]
@@ -84,10 +94,11 @@ class Site:
 
         ``at``: "separator" steers the query's separator, "output" the last token of the last shot's y.
         ``answer_tokens``: how many tokens of each answer to predict (None: all).
-        Raises ValueError for an empty set, or a steered position with nothing before it.
+        Raises ValueError for an empty set, a steered position with nothing before it, or a prompt that is too long.
         """
         if not prompts:
             raise ValueError("A site needs at least one prompt.")
+        _fit(model, prompts)
         positions = [p.separators[-1] if at == "separator" else p.outputs[-1] for p in prompts]
         if min(positions) < 1:
             raise ValueError("A steered position needs at least one token before it.")
@@ -108,23 +119,35 @@ class Site:
                 place.append(j)
         order = (mask.cumsum(1) - 1).clamp_min(0)
 
-        core = model.hf.model
-        cache = core(
-            ids[:, :before], attention_mask=mask[:, :before], position_ids=order[:, :before], use_cache=True
+        from transformers import DynamicCache
+
+        layout = model.layout
+        # A cache that keeps all: one that forgets what lies outside a window is not what a plain pass sees everywhere.
+        cache = layout.core(
+            ids[:, :before], attention_mask=mask[:, :before], past_key_values=DynamicCache(), use_cache=True,
+            **layout.positions(order[:, :before]),
         ).past_key_values
         frozen = _Frozen([(layer.keys, layer.values) for layer in cache.layers])
-        kwargs, residual, handles = [], [], []
-        for block in core.layers:
-            handles.append(block.register_forward_pre_hook(lambda _, args, kw: kwargs.append(kw), with_kwargs=True))
-            handles.append(block.register_forward_hook(lambda _, args, out: residual.append(_stream(out))))
-        try:
-            core(ids[:, before:], attention_mask=mask, position_ids=order[:, before:], past_key_values=cache)
-        finally:
-            for handle in handles:
-                handle.remove()
+        given, residual = [], []
+
+        def listen(block, args, kwargs):
+            kwargs = {name: held(value) for name, value in kwargs.items() if name != "hidden_states"}
+            given.append((tuple(held(value) for value in args[1:]), kwargs))
+
+        def held(value):
+            return _CACHE if value is cache else value
+
+        with ExitStack() as hooks:
+            for layer, block in enumerate(layout.blocks):
+                hooks.callback(block.register_forward_pre_hook(listen, with_kwargs=True).remove)
+                hooks.enter_context(layout.hooked(layer, residual.append))
+            layout.core(
+                ids[:, before:], attention_mask=mask, past_key_values=cache, use_cache=True,
+                **layout.positions(order[:, before:]),
+            )
         as_tensor = lambda values: torch.tensor(values, device=device)  # noqa: E731
         targets = as_tensor(rows).T, as_tensor(labels), as_tensor(place)
-        return cls(model, tuple(prompts), frozen, tuple(kwargs), tuple(residual), *targets)
+        return cls(model, tuple(prompts), frozen, tuple(given), tuple(residual), *targets)
 
     def hidden(
         self, vectors: Float[Tensor, "n d_model"], layer: int, mode: str = "add"
@@ -133,7 +156,7 @@ class Site:
 
         ``mode``: "add" to the residual stream at the steered position, or "replace" it. Differentiable in ``vectors``.
         """
-        stream = self.model.hf.model.norm(self._run(vectors, layer, mode))
+        stream = self.model.layout.norm(self._run(vectors, layer, mode))
         return stream[:, self.rows[0], self.rows[1]]
 
     @torch.no_grad()
@@ -155,9 +178,14 @@ class Site:
         first = base[:, 0] + v if mode == "add" else v
         stream = torch.cat([first[:, :, None], base[:, 1:].expand(n, -1, -1, -1)], dim=2)
         stream = stream.reshape(n * batch, suffix, d_model)
-        blocks = self.model.hf.model.layers[layer + 1 : end]
-        for block, kwargs in zip(blocks, self.kwargs[layer + 1 : end], strict=True):
-            stream = _stream(block(stream, **{**_copies(kwargs, batch, n), "past_key_values": self.frozen}))
+        blocks, seen = self.model.layout.blocks[layer + 1 : end], {}
+
+        def copied(value):
+            return self.frozen if value is _CACHE else _copies(value, batch, n)
+
+        for block, given in zip(blocks, self.given[layer + 1 : end], strict=True):
+            args, kwargs = _changed(given, copied, seen)
+            stream = layouts.stream(block(stream, *args, **kwargs))
         return stream.view(n, batch, suffix, d_model)
 
     def loss(self, vectors, layer: int, mode: str = "add", vocabulary=None) -> Float[Tensor, " n"]:
@@ -167,7 +195,7 @@ class Site:
         """
         # Every block keeps what its backward pass needs, and the logits come as themselves and as two copies.
         blocks = len(self.residual) - 1 - layer if vectors.requires_grad and torch.is_grad_enabled() else 1
-        width = len(self.model.hf.lm_head.weight if vocabulary is None else vocabulary.weight)
+        width = self.model.layout.n_vocab if vocabulary is None else len(vocabulary.weight)
         parts = vectors.split(self._chunk(blocks, 3 * width))
         if len(parts) == 1:
             return self._loss(vectors, layer, mode, vocabulary)
@@ -175,17 +203,17 @@ class Site:
         return torch.cat([checkpoint(self._loss, part, layer, mode, vocabulary, use_reentrant=False) for part in parts])
 
     def _loss(self, vectors, layer, mode, vocabulary):
-        hidden = self.hidden(vectors, layer, mode)
-        weight, labels = (self.model.hf.lm_head.weight, self.labels) if vocabulary is None else (
-            vocabulary.weight, vocabulary.index[self.labels])
-        logits = _capped(hidden @ weight.T, self.model).float()
+        hidden, layout = self.hidden(vectors, layer, mode), self.model.layout
+        rows, labels = (layout.unembedding(), self.labels) if vocabulary is None else (
+            (vocabulary.weight, vocabulary.bias), vocabulary.index[self.labels])
+        logits = layout.logits(hidden, *rows)
         nll = logits.logsumexp(-1) - logits.gather(-1, labels.expand(len(vectors), -1)[..., None])[..., 0]
         return (nll.sum(-1) / len(self.prompts)).cpu()
 
     def _chunk(self, blocks: int, width: int) -> int:
         """Return how many vectors fit into the budget if ``blocks`` blocks and ``width`` logits a label are held."""
-        config, tokens = self.model.hf.config, self.residual[0][..., 0].numel()
-        block = tokens * (16 * config.hidden_size + 5 * config.intermediate_size)
+        layout, tokens = self.model.layout, self.residual[0][..., 0].numel()
+        block = tokens * (16 * layout.d_model + 5 * layout.d_mlp)
         block += 2 * sum(kept.numel() for kept in self.frozen.layers[0])  # copied per vector, and per head by attention
         return max(1, BYTE_BUDGET // (4 * (blocks * block + len(self.labels) * width)))
 
@@ -227,15 +255,15 @@ class Site:
 
         One pass over the vocabulary in blocks, with running maxima and sums: logits are never held as a whole.
         """
-        weight, starts = self.model.hf.lm_head.weight, self.place == 0
+        layout, starts, hidden = self.model.layout, self.place == 0, _single(hidden)
         order, device = self.rows[0, starts], hidden.device
         peak = torch.full(hidden.shape[:2], -torch.inf, device=device)  # the largest logit so far
         mass, own = torch.zeros_like(peak), torch.zeros_like(peak)  # sum of exp(logit - peak); the label's logit
         best = torch.zeros_like(peak, dtype=torch.long)
         kl = torch.full((len(hidden), len(self.prompts)), torch.nan if reference is None else 0.0, device=device)
-        for begin in range(0, len(weight), VOCABULARY_BLOCK):
+        for begin in range(0, layout.n_vocab, VOCABULARY_BLOCK):
             part = slice(begin, begin + VOCABULARY_BLOCK)
-            logits = _capped(hidden @ weight[part].T, self.model).float()
+            logits = layout.logits(hidden, *layout.unembedding(part))
             here = (self.labels >= part.start) & (self.labels < part.stop)
             own[:, here] = logits[:, here, self.labels[here] - begin]
             if reference is not None:  # sum p (log p - log q), with log q = logit - log of the sum of exp
@@ -260,7 +288,7 @@ class Site:
         ``batch`` counts the prompts whose answer has that many tokens.
         """
         hidden = self.hidden(vectors, layer, mode)[:, self.place == place]
-        return _capped(hidden @ self.model.hf.lm_head.weight.T, self.model).float().log_softmax(-1).cpu()
+        return self.model.layout.logits(_single(hidden)).log_softmax(-1).cpu()
 
     def take(self, order: Int[Tensor, " kept"]) -> "Site":
         """Return the site of some of the prompts, without running the model."""
@@ -272,7 +300,7 @@ class Site:
             self,
             prompts=tuple(self.prompts[i] for i in order.tolist()),
             frozen=_Frozen([(keys[order], values[order]) for keys, values in self.frozen.layers]),
-            kwargs=tuple(_rows(kwargs, len(self.prompts), order) for kwargs in self.kwargs),
+            given=_changed(self.given, lambda value: _rows(value, len(self.prompts), order), {}),
             residual=tuple(stream[order] for stream in self.residual),
             rows=torch.stack([new[self.rows[0, here]], self.rows[1, here]]),
             labels=self.labels[here], place=self.place[here],
@@ -293,6 +321,7 @@ class Vocabulary:
 
     weight: Float[Tensor, "kept d_model"]
     index: Int[Tensor, " vocab"]
+    bias: Float[Tensor, " kept"] | None = None
 
 
 @torch.no_grad()
@@ -301,7 +330,7 @@ def vocabulary(site: Site, *others: Site, keep: int = 16384) -> Vocabulary:
 
     A softmax over these costs a sixteenth of the full one on Gemma 3; `reproduce` in the book states the difference.
     """
-    weight = site.model.hf.lm_head.weight
+    weight, bias = site.model.layout.unembedding()
     zero, mean = torch.zeros(1, site.model.d_model), torch.zeros(len(weight))
     for s in (site, *others):
         order = torch.arange(len(s.prompts))
@@ -312,7 +341,7 @@ def vocabulary(site: Site, *others: Site, keep: int = 16384) -> Vocabulary:
     ids = mean.topk(min(keep, len(mean))).indices.sort().values.to(weight.device)
     index = torch.full((len(mean),), -1, device=weight.device)
     index[ids] = torch.arange(len(ids), device=weight.device)
-    return Vocabulary(weight[ids].contiguous(), index)
+    return Vocabulary(weight[ids].contiguous(), index, None if bias is None else bias[ids])
 
 
 @torch.no_grad()
@@ -320,29 +349,26 @@ def residuals(model: Model, prompts, positions, layers, batch: int = 16) -> dict
     """Return the residual stream after each of ``layers`` at ``positions`` (a tuple of indices per prompt), stacked.
 
     These are the values at ``blocks.{layer}.hook_resid_post``. Blocks after the last layer asked for are not run.
+    Raises ValueError for a prompt that is too long for the model.
     """
-    core, kept = model.hf.model, {layer: [] for layer in layers}
+    _fit(model, prompts)
+    layout, kept = model.layout, {layer: [] for layer in layers}
     for start in range(0, len(prompts), batch):
         part, spots = prompts[start : start + batch], positions[start : start + batch]
         # Padding stands on the right, where a causal model cannot see it.
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(p.ids) for p in part], batch_first=True).to(model.device)
         row = torch.tensor([i for i, spot in enumerate(spots) for _ in spot])
         column = torch.tensor([c for spot in spots for c in spot])
-        handles = []
-        for layer in layers:
-            def keep(_, args, out, layer=layer, row=row, column=column):
-                kept[layer].append(_stream(out)[row, column].cpu())
-                if layer == max(layers):
-                    raise _Enough
 
-            handles.append(core.layers[layer].register_forward_hook(keep))
-        try:
-            core(ids, use_cache=False)
-        except _Enough:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
+        def keep(stream, layer, row=row, column=column):
+            kept[layer].append(stream[row, column].cpu())
+            if layer == max(layers):
+                raise _Enough
+
+        with ExitStack() as hooks, suppress(_Enough):
+            for layer in layers:
+                hooks.enter_context(layout.hooked(layer, partial(keep, layer=layer)))
+            layout.core(ids, use_cache=False)
     return {layer: torch.cat(parts) for layer, parts in kept.items()}
 
 
@@ -350,30 +376,48 @@ class _Enough(Exception):
     """Leaves a forward pass whose later blocks nobody needs."""
 
 
-def _stream(out):
-    return out[0] if isinstance(out, tuple) else out
+def _fit(model: Model, prompts) -> None:
+    """Raise ValueError if a prompt is longer than the model is exact on (`Layout.longest`)."""
+    bound, longest = model.layout.longest, max((len(prompt.ids) for prompt in prompts), default=0)
+    if bound is not None and longest > bound:
+        raise ValueError(
+            f"A prompt of {longest:,} tokens is longer than the {bound:,} up to which {model.name!r} is exact: "
+            "use fewer or shorter pairs."
+        )
 
 
-def _capped(logits, model):
-    cap = getattr(model.hf.config, "final_logit_softcapping", None)
-    return logits if not cap else torch.tanh(logits / cap) * cap
+def _single(hidden: Tensor) -> Tensor:
+    """Return hidden states in at least single precision: what is reported is read out in it, also of half models."""
+    return hidden.float() if hidden.dtype.itemsize < 4 else hidden
 
 
 def _copies(value, batch: int, n: int):
-    """Repeat every tensor with a batch dimension ``n`` times, leaving the rest of a block's arguments alone."""
-    return _tensors(value, batch, lambda tensor: tensor.repeat(n, *[1] * (tensor.ndim - 1)))
+    """Repeat a tensor with a batch dimension ``n`` times, leaving the rest of a block's arguments alone."""
+    return value.repeat(n, *[1] * (value.ndim - 1)) if _batched(value, batch) else value
 
 
 def _rows(value, batch: int, order):
-    """Take some rows of every tensor with a batch dimension."""
-    return _tensors(value, batch, lambda tensor: tensor[order])
+    """Take some rows of a tensor with a batch dimension."""
+    return value[order] if _batched(value, batch) else value
 
 
-def _tensors(value, batch, change):
-    if isinstance(value, Tensor):
-        return change(value) if value.ndim > 1 and value.shape[0] == batch > 1 else value
-    if isinstance(value, dict):
-        return {key: _tensors(item, batch, change) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_tensors(item, batch, change) for item in value)
-    return value
+def _batched(value, batch: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == batch
+
+
+def _changed(value, change, seen: dict):
+    """Apply ``change`` to everything inside nested tuples, lists and dictionaries.
+
+    ``seen``: {id: what became of it}, so that what blocks share, such as a dictionary in which one leaves keys for
+    another, is shared by them afterwards too.
+    """
+    if id(value) not in seen:
+        if isinstance(value, (dict, UserDict)):
+            made = type(value) if isinstance(value, UserDict) else dict
+            new = made({key: _changed(item, change, seen) for key, item in value.items()})
+        elif isinstance(value, (tuple, list)):
+            new = type(value)(_changed(item, change, seen) for item in value)
+        else:
+            new = change(value)
+        seen[id(value)] = new
+    return seen[id(value)]

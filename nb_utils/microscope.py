@@ -105,15 +105,11 @@ def continuations(
     """Decode greedily from the end of a prompt, each vector added at its last separator alone; a line's end stops."""
     n, ids = len(vectors), torch.tensor([read.ids[: read.separators[-1] + 1]], device=model.device)
 
-    def steer(block, args, out):
-        stream = out[0] if isinstance(out, tuple) else out
+    def steer(stream):
         stream[:, -1] += vectors.to(stream)
 
-    handle = model.hf.model.layers[layer].register_forward_hook(steer)
-    try:
+    with model.layout.hooked(layer, steer):
         state = model.hf(ids.expand(n, -1), use_cache=True, logits_to_keep=1)
-    finally:
-        handle.remove()
     tokens, text, going = [state.logits[:, -1].argmax(-1)], [""] * n, set(range(n))
     while True:
         for i in sorted(going):

@@ -559,13 +559,8 @@ def _last(model_name: str) -> str:
 def _residual(model: Model, text: str, layer: int) -> Float[Tensor, "tokens d_model"]:
     """Return the output of a block on a text, BOS left out."""
     kept = []
-    handle = model.hf.model.layers[layer].register_forward_hook(
-        lambda module, args, out: kept.append(out[0] if isinstance(out, tuple) else out)
-    )
-    try:
+    with model.layout.hooked(layer, kept.append):
         model.hf(model.tokenizer(text, return_tensors="pt").input_ids.to(model.device))
-    finally:
-        handle.remove()
     return kept[0][0, 1:].float().cpu()
 
 
