@@ -1,10 +1,10 @@
 import hashlib
 import json
-from dataclasses import replace
 import random
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
