@@ -90,7 +90,7 @@ def best(found: Sequence[Cleaned]) -> Cleaned:
 def clean(
     problem: Problem, sae: Sae, start: Float[Tensor, "n d_sae"], penalties: list[float], lr: Rates = 0.05,
     steps: int = 150, check_every: int = 10, bias: bool = True, patience: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | None = None, act: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Cleaned]:
     """Fine-tune SAE codes under an L1 penalty: the post's sparse SAE task-vector fine-tuning.
 
@@ -100,11 +100,12 @@ def clean(
     with the best validation loss *plus penalty*: with the loss alone, the early, dense steps would win at every
     penalty. With ``patience`` the run stops as the authors' do, when the L0 has found no new minimum for so many steps,
     and the last step is kept. ``progress`` is told of every step; where it says stop, the best of the steps so far is
-    kept.
+    kept. ``act`` takes the place of the SAE's activation: a ReLU where ``start`` holds codes that are means.
     """
-    active = sae.act(start)
+    active = (act or sae.act)(start)
     alive = active > 0
-    fire = sae.act if sae.k is None else torch.relu  # latents outside, which stay as they are, compete for no place
+    # In a TopK SAE latents outside the support, which stay as they are, would compete for its places.
+    fire = act or (sae.act if sae.k is None else torch.relu)
     unit = (active.sum(1) / alive.sum(1).clamp_min(1)).clamp_min(1e-9)[:, None]
     price = torch.tensor(penalties, device=start.device) / active.sum(1).clamp_min(1e-9)
     theta = _leaves(start / unit)
