@@ -51,7 +51,7 @@ class Cleaned:
 
     Losses are nats per prompt over the answer tokens of the sites, in the problem's vocabulary, that of training on the
     batch of the step; `stated` gives them over the whole vocabulary and all prompts. ``choice_loss``: the validation
-    loss that the step was chosen by. ``rate``: that of Adam.
+    loss, plus the penalty, that the step was chosen by. ``rate``: that of Adam.
     """
 
     codes: Float[Tensor, " d_sae"] | None
@@ -262,9 +262,10 @@ def _rate(lr: Rates, row: int) -> float:
 
 
 def _kept(checks: list[_Check], row: int, lr: Rates, penalty: float = 0.0, last: bool = False) -> Cleaned:
-    best = checks[-1] if last else min(checks, key=lambda c: (c.validation[row] + c.penalty[row]).item())
+    kept = checks[-1] if last else min(checks, key=lambda c: (c.validation[row] + c.penalty[row]).item())
     return Cleaned(
-        codes=None if best.codes is None else best.codes[row].clone(), vector=best.vectors[row].clone(),
-        train_loss=best.train[row].item(), validation_loss=best.validation[row].item(),
-        choice_loss=best.validation[row].item(), step=best.step, rate=_rate(lr, row), penalty=penalty,
+        codes=None if kept.codes is None else kept.codes[row].clone(), vector=kept.vectors[row].clone(),
+        train_loss=kept.train[row].item(), validation_loss=kept.validation[row].item(),
+        choice_loss=(kept.validation[row] + kept.penalty[row]).item(), step=kept.step, rate=_rate(lr, row),
+        penalty=penalty,
     )

@@ -101,6 +101,16 @@ def test_in_a_topk_sae_latents_outside_the_support_compete_for_no_place(problem,
     assert found.l0 == 0
 
 
+def test_codes_that_are_means_are_cleaned_under_a_relu_though_they_lie_below_their_thresholds(problem, sae):
+    means = torch.zeros(1, sae.d_sae)
+    means[0, :4] = sae.threshold[:4] / 2 + 0.01
+    assert not (sae.act(means) > 0).any()
+    (dead,) = cleaning.clean(problem, sae, means, [1.0], steps=4)
+    (found,) = cleaning.clean(problem, sae, means, [0.0], steps=8, act=torch.relu)
+    assert dead.l0 == 0 and 0 < found.l0 <= 4 and not found.codes[4:].any() and (found.codes >= 0).all()
+    close(found.vector, sae.decode(found.codes))
+
+
 def test_a_huge_penalty_leaves_nothing_but_the_bias(problem, sae, start):
     (with_bias,) = cleaning.clean(problem, sae, start, [1e4])
     (without,) = cleaning.clean(problem, sae, start, [1e4], bias=False)
@@ -140,6 +150,7 @@ def test_the_kept_step_has_the_best_validation_loss_plus_penalty(problem, sae, s
         costs = {check.step: (check.validation[row] + check.penalty[row]).item() for check in due}
         assert result.step == min(costs, key=costs.get)
         kept = next(check for check in due if check.step == result.step)
+        assert result.choice_loss == costs[result.step]
         assert torch.equal(result.codes, kept.codes[row]) and torch.equal(result.vector, kept.vectors[row])
         assert result.validation_loss == kept.validation[row].item()
     losses = {check.step: check.validation[2].item() for check in due}

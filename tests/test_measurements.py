@@ -162,3 +162,12 @@ def test_the_best_scale_can_be_chosen_over_a_part_of_the_vocabulary(tiny, site):
     losses = {scale: site.loss(scale * vector[None], 1, vocabulary=few).item() for scale in scales}
     assert losses != {scale: site.loss(scale * vector[None], 1).item() for scale in scales}
     assert measurements.best_scale(site, 1, vector, "add", scales, few) == min(losses, key=losses.get)
+
+
+def test_several_seeds_need_a_block_to_be_repeated_at():
+    assert measurements.repeated([6, 8, 11], "all", 5) == [6, 8, 11]
+    assert measurements.repeated([6, 8, 11], "11, 6", 5) == [6, 11]
+    assert measurements.repeated([6, 8, 11], 8, 5) == [8]
+    assert measurements.repeated([6, 8], "11", 1) == []
+    with pytest.raises(ValueError, match=r"repeat_layers is 11, layers are 6, 8; let it name one of these\."):
+        measurements.repeated([6, 8], "11", 2)
