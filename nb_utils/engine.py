@@ -12,7 +12,7 @@ import os
 from collections import UserDict
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from jaxtyping import Float, Int
@@ -54,9 +54,10 @@ class Scores:
 
     ``nll`` [n, batch, answer]: negative log-likelihood of each answer token (nats, teacher-forced).
     ``hit`` [n, batch, answer]: that token is the model's first choice.
-    ``accepted`` [n, batch]: the first choice starts an accepted answer. ``exact`` [n, batch]: greedy decoding gives
-    the whole answer (or an accepted one-token answer). ``kl`` [n, batch]: KL divergence (nats) from the reference
-    next-token distribution to the steered one, NaN without a reference.
+    ``accepted`` [n, batch]: the first choice starts an accepted answer. ``exact`` [n, batch]: 1 where greedy decoding
+    gives the whole answer (or an accepted one-token answer) and then ends the line, else 0; NaN where the site has cut
+    the answer short. ``kl`` [n, batch]: KL divergence (nats) from the reference next-token distribution to the steered
+    one, NaN without a reference.
     """
 
     nll: Tensor
@@ -70,8 +71,8 @@ class Scores:
         return self.nll[..., :tokens].nansum(-1)
 
     def token_loss(self) -> Float[Tensor, "n batch"]:
-        """Average the NLL over all tokens of the answer."""
-        return self.nll.nanmean(-1)
+        """Average the NLL over all tokens of the answer; NaN where the site has cut it short."""
+        return self.nll.nanmean(-1).masked_fill(self.exact.isnan(), torch.nan)
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Site:
     rows: Int[Tensor, "2 n_labels"]  # (prompt, position) of every answer token to predict
     labels: Int[Tensor, " n_labels"]
     place: Int[Tensor, " n_labels"]  # index of that token within its answer
+    steers: str  # which token: "separator" or "output"
 
     @classmethod
     @torch.no_grad()
@@ -147,7 +149,7 @@ class Site:
             )
         as_tensor = lambda values: torch.tensor(values, device=device)  # noqa: E731
         targets = as_tensor(rows).T, as_tensor(labels), as_tensor(place)
-        return cls(model, tuple(prompts), frozen, tuple(given), tuple(residual), *targets)
+        return cls(model, tuple(prompts), frozen, tuple(given), tuple(residual), *targets, at)
 
     def hidden(
         self, vectors: Float[Tensor, "n d_model"], layer: int, mode: str = "add"
@@ -244,11 +246,51 @@ class Site:
         accepted = torch.stack(
             [torch.isin(first[:, i], torch.tensor([a[0] for a in p.accepted])) for i, p in enumerate(self.prompts)], 1
         )
-        alone = torch.stack(
-            [torch.isin(first[:, i], torch.tensor([a[0] for a in p.accepted if len(a) == 1] or [-1]))
-             for i, p in enumerate(self.prompts)], 1
+        exact = self._exact(vectors, layer, mode, first, (hit | padded.isnan()).all(-1))
+        return Scores(padded, hit, accepted, exact, kl)
+
+    def _exact(self, vectors, layer, mode, first, whole) -> Float[Tensor, "n batch"]:
+        """Say where an answer that counts is given and the line ended, as `Scores` has it.
+
+        ``first``: the token that is said first. ``whole``: whether all that is kept of the answer is said. The model
+        runs once more, one token further, for the answers that were given.
+        """
+        owners = torch.tensor([i for i, _ in self._answers])
+        kept = torch.bincount(self.rows[0].cpu(), minlength=len(self.prompts))
+        cut = kept < torch.tensor([len(prompt.answer) for prompt in self.prompts])
+        given = torch.stack(
+            [whole[:, i] if longer.answer[:-1] == self.prompts[i].answer else first[:, i] == longer.answer[0]
+             for i, longer in self._answers], 1
         )
-        return Scores(padded, hit, accepted, (hit | padded.isnan()).all(-1) | alone, kl)
+        if len(due := (given.any(0) & ~cut[owners]).nonzero()[:, 0]):
+            site = self._ended.take(due)
+            parts = vectors.split(site._chunk(1, 3 * VOCABULARY_BLOCK))
+            said = torch.cat([site._read_out(site.hidden(part, layer, mode), None)[1].cpu() for part in parts])
+            tokens, which = said.unique(return_inverse=True)
+            given[:, due] &= torch.tensor([_ends_line(self.model, token) for token in tokens.tolist()])[which]
+        exact = torch.zeros(whole.shape).index_add(1, owners, given.float()).clamp(max=1)
+        return exact.masked_fill(cut, torch.nan)
+
+    @cached_property
+    def _answers(self) -> list[tuple[int, Prompt]]:
+        """List every answer that counts as exact: whose it is, and the prompt that holds it and a token behind it."""
+        found = []
+        for i, prompt in enumerate(self.prompts):
+            for answer in dict.fromkeys([prompt.answer, *(a for a in prompt.accepted if len(a) == 1)]):
+                longer = (*answer, answer[-1])  # which token stands last does not matter: it is predicted, not read
+                ids = prompt.ids[: len(prompt.ids) - len(prompt.answer)] + longer
+                found.append((i, replace(prompt, ids=ids, answer=longer)))
+        return found
+
+    @cached_property
+    def _ended(self) -> "Site":
+        """The site of `_answers`, of which only what follows the answer is predicted."""
+        longer = [prompt for _, prompt in self._answers]
+        site = Site.prepare(self.model, longer, self.steers)
+        ends = torch.tensor([len(prompt.answer) - 1 for prompt in longer], device=site.place.device)
+        last = site.place == ends[site.rows[0]]
+        place = torch.zeros_like(site.place[last])
+        return replace(site, rows=site.rows[:, last], labels=site.labels[last], place=place)
 
     def _read_out(self, hidden: Float[Tensor, "n n_labels d_model"], reference):
         """Return every label's NLL and the likeliest token beside it [n, n_labels], and the KL [n, batch].
@@ -328,7 +370,9 @@ class Vocabulary:
 def vocabulary(site: Site, *others: Site, keep: int = 16384) -> Vocabulary:
     """Keep the tokens that are likeliest on average at the sites' answer positions, and every answer token of them.
 
-    A softmax over these costs a sixteenth of the full one on Gemma 3; `reproduce` in the book states the difference.
+    One of the sites should be of few-shot prompts: without examples a model hardly thinks of the words that a vector
+    makes it say, of another language's least of all. A softmax over these costs a sixteenth of the full one on Gemma 3;
+    `reproduce` in the book states the difference.
     """
     weight, bias = site.model.layout.unembedding()
     zero, mean = torch.zeros(1, site.model.d_model), torch.zeros(len(weight))
@@ -384,6 +428,13 @@ def _fit(model: Model, prompts) -> None:
             f"A prompt of {longest:,} tokens is longer than the {bound:,} up to which {model.name!r} is exact: "
             "use fewer or shorter pairs."
         )
+
+
+def _ends_line(model, token: int) -> bool:
+    """Say whether a token is a line break, whatever stands behind it, or ends the text."""
+    ends = model.hf.generation_config.eos_token_id
+    ends = {*model.tokenizer.all_special_ids, *(ends if isinstance(ends, list) else [ends])}
+    return token in ends or model.tokenizer.decode([token]).lstrip(" ").startswith("\n")
 
 
 def _single(hidden: Tensor) -> Tensor:
