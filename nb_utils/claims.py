@@ -93,6 +93,11 @@ class Book:
 
     # Tables
 
+    @property
+    def stems(self) -> list[str]:
+        """The experiments whose tables were read so far."""
+        return sorted(self._read)
+
     def read(self, stem: str) -> pd.DataFrame:
         """Return the table of an experiment, of all tasks."""
         if stem not in self._read:
