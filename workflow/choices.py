@@ -4,6 +4,7 @@ The table is made anew only if a table that it reads, the claims or their code h
 """
 
 import hashlib
+from pathlib import Path
 
 from nb_utils import ledger, sources, tables
 from nb_utils.claims import Book
@@ -25,7 +26,7 @@ def is_new(book: Book) -> bool:
     found = tables.origins(ledger.CHOICES, book.model, book.folder)
     if not found:
         return False
-    today = origin(book, list(found[0]["inputs"])) | {"code": sources.code(sources.maker(ledger.CHOICES))}
+    today = origin(book, list(found[0]["inputs"])) | {"code": sources.code(Path(__file__))}
     return found[0] == today
 
 
