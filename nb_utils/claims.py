@@ -186,45 +186,45 @@ class Book:
         """The block of the pruned vector."""
         return self.own_layer(self.everywhere("prune_contrast", k=self.k))
 
-    @property
+    @cached_property
     def vector(self) -> pd.DataFrame:
         return self.best("task_vector", mode=self.choices.mode)
 
-    @property
+    @cached_property
     def replaced(self) -> pd.DataFrame:
         """The task vector that replaces the stream."""
         return self.best("task_vector", mode="replace")
 
-    @property
+    @cached_property
     def centred(self) -> pd.DataFrame:
         """The centred vector at its best scale."""
         return self.best("centred_best_scale")
 
-    @property
+    @cached_property
     def learned(self) -> pd.DataFrame:
         return self.best("learned_vector")
 
-    @property
+    @cached_property
     def cleaned(self) -> pd.DataFrame:
         return self.best("clean")
 
-    @property
+    @cached_property
     def cleaned_to_15(self) -> pd.DataFrame:
         return self.best("clean", most=15)
 
-    @property
+    @cached_property
     def cleaned_to_10(self) -> pd.DataFrame:
         return self.best("clean", most=10)
 
-    @property
+    @cached_property
     def pruned(self) -> pd.DataFrame:
         return self.best("prune_contrast", k=self.k)
 
-    @property
+    @cached_property
     def pruned_to_10(self) -> pd.DataFrame:
         return self.best("prune_contrast", k=10)
 
-    @property
+    @cached_property
     def pruned_to_5(self) -> pd.DataFrame:
         return self.best("prune_contrast", k=5)
 
@@ -295,13 +295,13 @@ class Book:
             raise ClaimError(f"Experiment 04 has no such {method} vectors.")
         return found
 
-    @property
+    @cached_property
     def raw_detectors(self) -> pd.DataFrame:
         """The uncleaned detector at its best block on test, which favours it."""
         found = self.detector("task_vector", mode=self.choices.mode)
         return rows(found, layer=self.detector_layer if self.choices.block == "shared" else self.own_layer(found))
 
-    @property
+    @cached_property
     def centred_detectors(self) -> pd.DataFrame:
         """The centred detector at its best scale, at the block of its lowest test loss, which favours it."""
         found = self.detector("centred_best_scale")
@@ -363,12 +363,12 @@ class Book:
         """The scale at which all executors are compared, in mean residual norms."""
         return float(self.steered("fixed")["scale"].iloc[0])
 
-    @property
+    @cached_property
     def gain(self) -> pd.DataFrame:
         """The normalised gain of every feature (rows) on every task (columns) at the common scale."""
         return _gain(self.steered("fixed"))
 
-    @property
+    @cached_property
     def validated_gain(self) -> pd.DataFrame:
         """The same on validation prompts, at the scale of the sweep that is nearest; its smallest is next to none."""
         sweep = rows(self.table("05_cross_task_steering_sweep"), kind="executor")
@@ -436,11 +436,11 @@ class Book:
 
     # Experiment 08
 
-    @property
+    @cached_property
     def side(self) -> pd.DataFrame:
         return self.last("08_side_effects")
 
-    @property
+    @cached_property
     def side_pruned(self) -> pd.DataFrame:
         return self._sized(self.side, "08", method="prune_contrast")
 
@@ -818,7 +818,8 @@ def tuning_flatters_chance(book: Book) -> Comparison:
 
 @number
 def supports_agree(book: Book) -> Comparison:
-    found = book._sized(book.last("07_illusion_features"), "07")
+    found = book.last("07_illusion_features")
+    found = book._sized(found[found["method"].isin(["rule", "prune_contrast"])], "07")
     shared = {task: metrics.overlap(one).loc["rule", "prune_contrast"] for task, one in found.groupby("task")}
     return over_tasks(pd.Series(shared))
 
