@@ -316,7 +316,10 @@ class Book:
         return min(both)
 
     def executor(self, method: str, layer: int, k: int | None = None) -> pd.DataFrame:
-        """Return the executor of a block, of ``k`` features if it is pruned, from experiment 02, or else 03."""
+        """Return the executor of a block, of ``k`` features if it is pruned, from experiment 04, 02 or else 03."""
+        found = rows(self.detectors, method=f"executor_{method}", layer=layer, k=k)
+        if not found.empty:
+            return found
         if layer in self.layers:
             return self.at(layer, method, **({} if k is None else {"k": k}))
         found = rows(self.table("03_early_layer_transfer"), method=method, layer=layer)
@@ -357,6 +360,29 @@ class Book:
         """Return the relative loss of every task with the random direction that is best on test, which favours it."""
         found = self.steered("best", kind)
         return found[found["latent"] < 0].groupby("task")["rel_loss"].min()
+
+    def luckiest(self, control: str, kind: str = "executor") -> pd.Series:
+        """Return the relative loss of every task with the best of a kind of control, chosen on validation prompts.
+
+        All are in equal number: "feature", the features themselves; "matched", latents of their densities; "active",
+        latents that fire on the task's own tokens; "direction", random directions.
+        """
+        found = rows(self.table("05_cross_task_steering_controls"), kind=kind, control=control)
+        if found.empty:
+            raise ClaimError(f"Experiment 05 has no {control} controls of {kind}s.")
+        return found.loc[found.groupby("task")["validation_loss"].idxmin()].set_index("task")["rel_loss"]
+
+    def hardest(self, kind: str = "executor") -> str:
+        """Name the control that does most on average."""
+        return min(("matched", "active", "direction"), key=lambda control: self.luckiest(control, kind).mean())
+
+    @property
+    def hardest_executors(self) -> str:
+        return self.hardest()
+
+    @property
+    def hardest_detectors(self) -> str:
+        return self.hardest("detector")
 
     @property
     def common_scale(self) -> float:
@@ -422,6 +448,15 @@ class Book:
     def support(self, method: str, weights: str = "tuned") -> pd.DataFrame:
         """Return the vectors on supports of `k` features, after tuning ("tuned") or before ("fitted")."""
         return self._sized(self.supports, "07", method=method, weights=weights)
+
+    def longer(self, method: str) -> pd.DataFrame:
+        """Return the vectors on supports that were tuned with the largest budget, of the first seed."""
+        found = self.table("07_illusion_budgets")
+        return self._sized(rows(found, budget=found["budget"].max()), "07", method=method)
+
+    @property
+    def largest_budget(self) -> int:
+        return int(self.table("07_illusion_budgets")["budget"].max())
 
     def recovered(self, method: str, weights: str = "tuned") -> pd.Series:
         """Return the share of every task's gain from zero-shot to few-shot that such vectors recover."""
@@ -553,6 +588,18 @@ def pruning_beats_cleaning(book: Book) -> Comparison:
 @number
 def pruning_beats_cleaning_at_equal_size(book: Book) -> Comparison:
     return compare(book.pruned_to_10, book.cleaned_to_10)
+
+
+@number
+def pruning_beats_cleaning_alike(book: Book) -> Comparison:
+    """At equal data and size: both at the blocks where pruning was also given what cleaning has."""
+    return compare(book.best("prune_contrast_few", k=10), book.cleaned_to_10)
+
+
+@number
+def pruning_beats_cleaning_at_its_best(book: Book) -> Comparison:
+    """Cleaning with what pruning has: all training pairs, and a start from many latents."""
+    return compare(book.pruned_to_10, book.best("clean_mean_codes_all", most=10))
 
 
 @number
@@ -760,6 +807,17 @@ def one_detector_beats_chance(book: Book) -> Comparison:
 
 
 @number
+def one_feature_beats_latents(book: Book) -> Comparison:
+    return over_tasks(book.luckiest("feature") - book.luckiest(book.hardest()))
+
+
+@number
+def one_detector_beats_latents(book: Book) -> Comparison:
+    hardest = book.luckiest(book.hardest("detector"), "detector")
+    return over_tasks(book.luckiest("feature", "detector") - hardest)
+
+
+@number
 def chance_does_little(book: Book) -> Comparison:
     return over_tasks(book.chance())
 
@@ -804,6 +862,11 @@ def rule_beats_random(book: Book) -> Comparison:
 @number
 def rule_beats_random_on_arrows(book: Book) -> Comparison:
     return compare(book.support("rule"), book.support("random_active"))
+
+
+@number
+def rule_beats_random_longer(book: Book) -> Comparison:
+    return compare(book.longer("rule"), book.longer("random_matched"))
 
 
 @number

@@ -205,6 +205,59 @@ def test_the_feature_that_translations_share_is_not_picked_on_the_test_losses_it
     assert number().mean < before.mean
 
 
+@pytest.fixture
+def more(tmp_path, monkeypatch):
+    """Return a function that adds rows to a copy of some tables, and returns a book that reads the copy."""
+
+    def add(stem, frame, *copied):
+        monkeypatch.setenv("NB_TABLES", str(tmp_path / "tables"))
+        for other in ("01_reconstruction_loss", "02_cleanup", *copied):
+            shutil.copytree(ROOT / tables.FOLDER / other, tmp_path / "tables" / other)
+        for task, part in frame.groupby("task"):
+            path = tmp_path / "tables" / stem / tables.MODEL / f"{task}.parquet"
+            old = [pd.read_parquet(path)] if path.exists() else []
+            tables.save(pd.concat([*old, part], ignore_index=True), stem, task, {})
+        return Book()
+
+    return add
+
+
+def test_a_feature_is_held_against_the_hardest_control_and_all_are_chosen_on_validation(more):
+    kinds = {"feature": (-0.5, -0.9), "matched": (-0.2, -0.3), "active": (-0.3, -0.8), "direction": (0.0, 0.1)}
+    frame = pd.DataFrame([
+        {"task": task, "kind": "executor", "control": control, "latent": i, "rel_loss": rel, "validation_loss": loss}
+        for task in ("antonyms", "en_es", "algo_first", "en_fr") for control, effects in kinds.items()
+        for i, (rel, loss) in enumerate(zip(effects, (1.0, 2.0), strict=True))
+    ])  # fmt: skip
+    found = more("05_cross_task_steering_controls", frame)
+    row = ledger.judged("05_cross_task_steering", found)["one_feature_beats_latents"]
+    assert found.hardest() == "active" and '"active"' in row.decides
+    assert row.number.mean == pytest.approx(-0.5 + 0.3) and row.verdict == "holds"
+
+
+def test_pruning_is_held_against_cleaning_on_the_same_prompts_and_with_as_many_features(more):
+    on_all_pairs = claims.NUMBERS["pruning_beats_cleaning_at_equal_size"](Book()).mean
+    pruned = Book().pruned_to_10.assign(method="prune_contrast_few", losses=lambda rows: rows["losses"] + 2)
+    found = more("02_cleanup", pruned)
+    assert claims.NUMBERS["pruning_beats_cleaning_alike"](found).mean == pytest.approx(on_all_pairs + 2, abs=1e-3)
+
+
+def test_executors_that_were_made_for_the_comparison_are_preferred(more):
+    before = claims.NUMBERS["detectors_beat_pruned_executors"](Book()).mean
+    zero = Book().detector("clean", 6).assign(method="executor_prune_contrast", k=20, rel_loss=0.0)
+    found = more("04_detectors", zero.astype({"k": "Int64"}), "04_detectors")
+    own = found.detector("clean", 6).groupby("task")["rel_loss"].mean().mean()
+    assert claims.NUMBERS["detectors_beat_pruned_executors"](found).mean == pytest.approx(own) != before
+
+
+def test_a_rule_is_held_against_chance_on_the_largest_budget(more):
+    made = metrics.rows(Book().supports, seed=0, weights="tuned", k=20)
+    made = pd.concat([made.assign(budget=12), made.assign(budget=96, losses=made["losses"] / 2)])
+    short = claims.NUMBERS["rule_beats_random"](Book().otherwise(seeds="first")).mean
+    row = ledger.judged("07_illusion", more("07_illusion_budgets", made))["rule_beats_random_longer"]
+    assert "after 96 steps" in row.decides and row.number.mean == pytest.approx(short / 2, abs=1e-3)
+
+
 def test_the_stored_choices_are_those_of_every_claim_and_agree_with_the_tables():
     """A sample is judged anew; run ``python -m workflow.choices`` after a change of tables or claims."""
     stored = tables.load(ledger.CHOICES)
