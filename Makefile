@@ -39,6 +39,7 @@ report: model
 html: .venv/installed
 	echo "Building the pages (one or two minutes) ..."
 	mkdir -p logs
+	$(BIN)/python -m workflow.choices
 	$(BIN)/python -m workflow.feature_pages
 	$(BIN)/jupyter-book build . --all -W -n --keep-going >logs/html.log 2>&1 \
 	  || { grep -E "WARNING: |Error[^ ]*: ." logs/html.log | sort -u | tail -5; echo "The book was not built: see logs/html.log"; exit 1; }
