@@ -5,7 +5,7 @@ So the blocks up to L, and the keys and values of every earlier position, are co
 (`Site.prepare`); each evaluation replays just the blocks after L on the few positions that can change, for many
 vectors at once. Losses and gradients equal those of a full forward pass with a hook.
 
-This is the only place that works on the model's device: what comes in may lie anywhere, what goes out is on the CPU.
+What comes in may lie anywhere. Losses come out where their vectors lie; all else that goes out is on the CPU.
 """
 
 import os
@@ -23,8 +23,8 @@ from nb_utils import layouts
 from nb_utils.models import Model
 from nb_utils.prompts import Prompt
 
-BYTE_BUDGET = int(os.environ.get("NB_BYTE_BUDGET", 1 << 28))  # what one chunk of vectors may take
-VOCABULARY_BLOCK = 2048  # logits computed at a time: they stay in the processor's cache until they are summed
+BYTE_BUDGET = int(os.environ.get("NB_BYTE_BUDGET") or 1 << 28)  # what one chunk of vectors may take on a CPU
+VOCABULARY_BLOCK = 2048  # logits computed at a time there: they stay in its cache until they are summed
 
 
 _CACHE = object()  # stands for the cache among what the model passes to a block, whatever the block calls it
@@ -73,6 +73,14 @@ class Scores:
     def token_loss(self) -> Float[Tensor, "n batch"]:
         """Average the NLL over all tokens of the answer; NaN where the site has cut it short."""
         return self.nll.nanmean(-1).masked_fill(self.exact.isnan(), torch.nan)
+
+
+def byte_budget(device: torch.device) -> int:
+    """Return how many bytes one chunk may take: `BYTE_BUDGET`, on a GPU a quarter of what is free there."""
+    if device.type != "cuda":
+        return BYTE_BUDGET
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for no tensor
+    return (torch.cuda.mem_get_info(device)[0] + held) // 4
 
 
 @dataclass(frozen=True)
@@ -151,6 +159,11 @@ class Site:
         targets = as_tensor(rows).T, as_tensor(labels), as_tensor(place)
         return cls(model, tuple(prompts), frozen, tuple(given), tuple(residual), *targets, at)
 
+    @cached_property
+    def budget(self) -> int:
+        """The bytes that one chunk of vectors may take, as `byte_budget` said when it was first asked for."""
+        return byte_budget(self.model.device)
+
     def hidden(
         self, vectors: Float[Tensor, "n d_model"], layer: int, mode: str = "add"
     ) -> Float[Tensor, "n n_labels d_model"]:
@@ -205,26 +218,77 @@ class Site:
         return torch.cat([checkpoint(self._loss, part, layer, mode, vocabulary, use_reentrant=False) for part in parts])
 
     def _loss(self, vectors, layer, mode, vocabulary):
+        return (self._nll(vectors, layer, mode, vocabulary).sum(-1) / len(self.prompts)).to(vectors.device)
+
+    def _nll(self, vectors, layer, mode, vocabulary) -> Float[Tensor, "n n_labels"]:
         hidden, layout = self.hidden(vectors, layer, mode), self.model.layout
         rows, labels = (layout.unembedding(), self.labels) if vocabulary is None else (
             (vocabulary.weight, vocabulary.bias), vocabulary.index[self.labels])
         logits = layout.logits(hidden, *rows)
-        nll = logits.logsumexp(-1) - logits.gather(-1, labels.expand(len(vectors), -1)[..., None])[..., 0]
-        return (nll.sum(-1) / len(self.prompts)).cpu()
+        return logits.logsumexp(-1) - logits.gather(-1, labels.expand(len(vectors), -1)[..., None])[..., 0]
+
+    def captured(self, n: int, layer: int, mode: str = "add", vocabulary=None, batch: int | None = None):
+        """Return the loss of ``n`` vectors as a CUDA graph: a function of them and of the ``batch`` prompts to take.
+
+        A step of optimisation is hundreds of small kernels, and on a GPU starting them costs many times what they
+        compute; the graph starts all at once. None where there is no graph: on other devices, or where ``n`` vectors
+        exceed the budget.
+        """
+        device, batch = self.model.device, batch or len(self.prompts)
+        width = self.model.layout.n_vocab if vocabulary is None else len(vocabulary.weight)
+        if device.type != "cuda" or n > self._chunk(len(self.residual) - 1 - layer, 3 * width):
+            return None
+        given = torch.zeros(n, self.model.d_model, device=device, requires_grad=True)
+        loss = self._fixed(layer, mode, vocabulary, batch)
+        graph = torch.cuda.make_graphed_callables(loss, (given, torch.arange(batch, device=device)))
+        # The next call writes where this one's result lies: hand out a copy.
+        return lambda vectors, order: graph(vectors.to(device), order.to(device)).clone().to(vectors.device)
+
+    def _fixed(self, layer, mode, vocabulary, batch):
+        """Return ``take(order).loss(vectors)`` as a function whose shapes don't depend on which prompts are taken.
+
+        Every prompt gets as many labels as the longest answer has; those that it lacks count nothing.
+        """
+        places, n = int(self.place.max()) + 1, len(self.prompts)
+        spots, labels = torch.zeros(2, n, places, dtype=torch.long, device=self.rows.device)
+        counts = torch.zeros(n, places, device=self.rows.device)
+        labels += self.labels[0]  # any that the vocabulary has
+        at = self.rows[0], self.place
+        spots[at], labels[at], counts[at] = self.rows[1], self.labels, 1
+        column = torch.arange(batch, device=self.rows.device).repeat_interleave(places)
+
+        def loss(vectors, order):
+            part = self._picked(
+                layer, order, rows=torch.stack([column, spots[order].flatten()]), labels=labels[order].flatten())
+            return (part._nll(vectors, layer, mode, vocabulary) * counts[order].flatten()).sum(-1) / batch
+
+        return loss
+
+    def _picked(self, layer: int, order, **more) -> "Site":
+        """Take some prompts, as far as the blocks after ``layer`` need them."""
+        def picked(each, change):
+            return tuple(one if i < layer else change(one) for i, one in enumerate(each))
+
+        return replace(
+            self, **more, residual=picked(self.residual, lambda stream: stream[order]),
+            frozen=_Frozen(picked(self.frozen.layers, lambda kept: tuple(part[order] for part in kept))),
+            given=picked(self.given, lambda one: _changed(
+                one, lambda value: _rows(value, len(self.prompts), order))),
+        )  # fmt: skip
 
     def _chunk(self, blocks: int, width: int) -> int:
         """Return how many vectors fit into the budget if ``blocks`` blocks and ``width`` logits a label are held."""
         layout, tokens = self.model.layout, self.residual[0][..., 0].numel()
         block = tokens * (16 * layout.d_model + 5 * layout.d_mlp)
         block += 2 * sum(kept.numel() for kept in self.frozen.layers[0])  # copied per vector, and per head by attention
-        return max(1, BYTE_BUDGET // (4 * (blocks * block + len(self.labels) * width)))
+        return max(1, self.budget // (4 * (blocks * block + len(self.labels) * width)))
 
     @torch.no_grad()
     def evaluate(
         self, vectors: Float[Tensor, "n d_model"], layer: int, mode: str = "add",
         reference: Float[Tensor, "batch vocab"] | None = None,
     ) -> Scores:
-        """Score every vector on every prompt over the whole vocabulary, in chunks that respect ``BYTE_BUDGET``.
+        """Score every vector on every prompt over the whole vocabulary, in chunks that respect `budget`.
 
         ``reference``: log-probabilities of the first answer token to which ``Scores.kl`` refers.
         """
@@ -303,8 +367,10 @@ class Site:
         mass, own = torch.zeros_like(peak), torch.zeros_like(peak)  # sum of exp(logit - peak); the label's logit
         best = torch.zeros_like(peak, dtype=torch.long)
         kl = torch.full((len(hidden), len(self.prompts)), torch.nan if reference is None else 0.0, device=device)
-        for begin in range(0, layout.n_vocab, VOCABULARY_BLOCK):
-            part = slice(begin, begin + VOCABULARY_BLOCK)
+        # On a GPU a block is as large as fits: there each costs launches, and no cache holds one anyway.
+        size = VOCABULARY_BLOCK if device.type != "cuda" else self.budget // (12 * hidden[..., 0].numel()) + 1
+        for begin in range(0, layout.n_vocab, size):
+            part = slice(begin, begin + size)
             logits = layout.logits(hidden, *layout.unembedding(part))
             here = (self.labels >= part.start) & (self.labels < part.stop)
             own[:, here] = logits[:, here, self.labels[here] - begin]
@@ -378,7 +444,7 @@ def vocabulary(site: Site, *others: Site, keep: int = 16384) -> Vocabulary:
     zero, mean = torch.zeros(1, site.model.d_model), torch.zeros(len(weight))
     for s in (site, *others):
         order = torch.arange(len(s.prompts))
-        for part in order.split(max(1, BYTE_BUDGET // (12 * len(weight)))):
+        for part in order.split(max(1, s.budget // (12 * len(weight)))):
             mean += s.take(part).log_probs(zero, len(s.residual) - 1).exp().sum((0, 1)) / len(order)
     for s in (site, *others):
         mean[s.labels.cpu()] = torch.inf

@@ -282,3 +282,20 @@ def test_a_line_ends_with_any_token_that_begins_with_a_line_break_and_with_the_e
     ids = tiny.tokenizer("\n a", add_special_tokens=False).input_ids
     assert engine._ends_line(tiny, ids[0]) and not any(engine._ends_line(tiny, token) for token in ids[1:])
     assert engine._ends_line(tiny, tiny.tokenizer.eos_token_id)
+
+
+def test_a_loss_of_fixed_shapes_equals_that_of_the_prompts_taken(tiny):
+    pool = [*pairs(), tasks.Pair("hard", "so", ("so",))]  # answers of unequal length
+    site = engine.Site.prepare(tiny, prompts.zero_shot(tiny.tokenizer, pool), answer_tokens=4)
+    vectors = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)) * 3
+    for vocabulary in (None, engine.vocabulary(site, keep=60)):
+        for mode in ("add", "replace"):
+            fixed = site._fixed(2, mode, vocabulary, 4)
+            for order in ([0, 1, 2, 3], [6, 2, 5, 0]):
+                ours, theirs = (vectors.clone().requires_grad_() for _ in range(2))
+                loss = fixed(ours, torch.tensor(order))
+                expected = site.take(torch.tensor(order)).loss(theirs, 2, mode, vocabulary)
+                torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+                loss.sum().backward()
+                expected.sum().backward()
+                torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-4, rtol=1e-4)
