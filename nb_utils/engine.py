@@ -9,6 +9,7 @@ What comes in may lie anywhere. Losses come out where their vectors lie; all els
 """
 
 import os
+from collections import UserDict
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -53,9 +54,10 @@ class Scores:
 
     ``nll`` [n, batch, answer]: negative log-likelihood of each answer token (nats, teacher-forced).
     ``hit`` [n, batch, answer]: that token is the model's first choice.
-    ``accepted`` [n, batch]: the first choice starts an accepted answer. ``exact`` [n, batch]: greedy decoding gives
-    the whole answer (or an accepted one-token answer). ``kl`` [n, batch]: KL divergence (nats) from the reference
-    next-token distribution to the steered one, NaN without a reference.
+    ``accepted`` [n, batch]: the first choice starts an accepted answer. ``exact`` [n, batch]: 1 where greedy decoding
+    gives the whole answer (or an accepted one-token answer) and then ends the line, else 0; NaN where the site has cut
+    the answer short. ``kl`` [n, batch]: KL divergence (nats) from the reference next-token distribution to the steered
+    one, NaN without a reference.
     """
 
     nll: Tensor
@@ -69,8 +71,8 @@ class Scores:
         return self.nll[..., :tokens].nansum(-1)
 
     def token_loss(self) -> Float[Tensor, "n batch"]:
-        """Average the NLL over all tokens of the answer."""
-        return self.nll.nanmean(-1)
+        """Average the NLL over all tokens of the answer; NaN where the site has cut it short."""
+        return self.nll.nanmean(-1).masked_fill(self.exact.isnan(), torch.nan)
 
 
 def byte_budget(device: torch.device) -> int:
@@ -93,6 +95,7 @@ class Site:
     rows: Int[Tensor, "2 n_labels"]  # (prompt, position) of every answer token to predict
     labels: Int[Tensor, " n_labels"]
     place: Int[Tensor, " n_labels"]  # index of that token within its answer
+    steers: str  # which token: "separator" or "output"
 
     @classmethod
     @torch.no_grad()
@@ -101,10 +104,11 @@ class Site:
 
         ``at``: "separator" steers the query's separator, "output" the last token of the last shot's y.
         ``answer_tokens``: how many tokens of each answer to predict (None: all).
-        Raises ValueError for an empty set, or a steered position with nothing before it.
+        Raises ValueError for an empty set, a steered position with nothing before it, or a prompt that is too long.
         """
         if not prompts:
             raise ValueError("A site needs at least one prompt.")
+        _fit(model, prompts)
         positions = [p.separators[-1] if at == "separator" else p.outputs[-1] for p in prompts]
         if min(positions) < 1:
             raise ValueError("A steered position needs at least one token before it.")
@@ -125,16 +129,23 @@ class Site:
                 place.append(j)
         order = (mask.cumsum(1) - 1).clamp_min(0)
 
+        from transformers import DynamicCache
+
         layout = model.layout
+        # A cache that keeps all: one that forgets what lies outside a window is not what a plain pass sees everywhere.
         cache = layout.core(
-            ids[:, :before], attention_mask=mask[:, :before], use_cache=True, **layout.positions(order[:, :before])
+            ids[:, :before], attention_mask=mask[:, :before], past_key_values=DynamicCache(), use_cache=True,
+            **layout.positions(order[:, :before]),
         ).past_key_values
         frozen = _Frozen([(layer.keys, layer.values) for layer in cache.layers])
         given, residual = [], []
 
         def listen(block, args, kwargs):
-            kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-            given.append(_changed((args[1:], kwargs), lambda value: _CACHE if value is cache else value))
+            kwargs = {name: held(value) for name, value in kwargs.items() if name != "hidden_states"}
+            given.append((tuple(held(value) for value in args[1:]), kwargs))
+
+        def held(value):
+            return _CACHE if value is cache else value
 
         with ExitStack() as hooks:
             for layer, block in enumerate(layout.blocks):
@@ -146,7 +157,7 @@ class Site:
             )
         as_tensor = lambda values: torch.tensor(values, device=device)  # noqa: E731
         targets = as_tensor(rows).T, as_tensor(labels), as_tensor(place)
-        return cls(model, tuple(prompts), frozen, tuple(given), tuple(residual), *targets)
+        return cls(model, tuple(prompts), frozen, tuple(given), tuple(residual), *targets, at)
 
     @cached_property
     def budget(self) -> int:
@@ -182,13 +193,13 @@ class Site:
         first = base[:, 0] + v if mode == "add" else v
         stream = torch.cat([first[:, :, None], base[:, 1:].expand(n, -1, -1, -1)], dim=2)
         stream = stream.reshape(n * batch, suffix, d_model)
-        blocks = self.model.layout.blocks[layer + 1 : end]
+        blocks, seen = self.model.layout.blocks[layer + 1 : end], {}
 
         def copied(value):
             return self.frozen if value is _CACHE else _copies(value, batch, n)
 
         for block, given in zip(blocks, self.given[layer + 1 : end], strict=True):
-            args, kwargs = _changed(given, copied)
+            args, kwargs = _changed(given, copied, seen)
             stream = layouts.stream(block(stream, *args, **kwargs))
         return stream.view(n, batch, suffix, d_model)
 
@@ -299,11 +310,51 @@ class Site:
         accepted = torch.stack(
             [torch.isin(first[:, i], torch.tensor([a[0] for a in p.accepted])) for i, p in enumerate(self.prompts)], 1
         )
-        alone = torch.stack(
-            [torch.isin(first[:, i], torch.tensor([a[0] for a in p.accepted if len(a) == 1] or [-1]))
-             for i, p in enumerate(self.prompts)], 1
+        exact = self._exact(vectors, layer, mode, first, (hit | padded.isnan()).all(-1))
+        return Scores(padded, hit, accepted, exact, kl)
+
+    def _exact(self, vectors, layer, mode, first, whole) -> Float[Tensor, "n batch"]:
+        """Say where an answer that counts is given and the line ended, as `Scores` has it.
+
+        ``first``: the token that is said first. ``whole``: whether all that is kept of the answer is said. The model
+        runs once more, one token further, for the answers that were given.
+        """
+        owners = torch.tensor([i for i, _ in self._answers])
+        kept = torch.bincount(self.rows[0].cpu(), minlength=len(self.prompts))
+        cut = kept < torch.tensor([len(prompt.answer) for prompt in self.prompts])
+        given = torch.stack(
+            [whole[:, i] if longer.answer[:-1] == self.prompts[i].answer else first[:, i] == longer.answer[0]
+             for i, longer in self._answers], 1
         )
-        return Scores(padded, hit, accepted, (hit | padded.isnan()).all(-1) | alone, kl)
+        if len(due := (given.any(0) & ~cut[owners]).nonzero()[:, 0]):
+            site = self._ended.take(due)
+            parts = vectors.split(site._chunk(1, 3 * VOCABULARY_BLOCK))
+            said = torch.cat([site._read_out(site.hidden(part, layer, mode), None)[1].cpu() for part in parts])
+            tokens, which = said.unique(return_inverse=True)
+            given[:, due] &= torch.tensor([_ends_line(self.model, token) for token in tokens.tolist()])[which]
+        exact = torch.zeros(whole.shape).index_add(1, owners, given.float()).clamp(max=1)
+        return exact.masked_fill(cut, torch.nan)
+
+    @cached_property
+    def _answers(self) -> list[tuple[int, Prompt]]:
+        """List every answer that counts as exact: whose it is, and the prompt that holds it and a token behind it."""
+        found = []
+        for i, prompt in enumerate(self.prompts):
+            for answer in dict.fromkeys([prompt.answer, *(a for a in prompt.accepted if len(a) == 1)]):
+                longer = (*answer, answer[-1])  # which token stands last does not matter: it is predicted, not read
+                ids = prompt.ids[: len(prompt.ids) - len(prompt.answer)] + longer
+                found.append((i, replace(prompt, ids=ids, answer=longer)))
+        return found
+
+    @cached_property
+    def _ended(self) -> "Site":
+        """The site of `_answers`, of which only what follows the answer is predicted."""
+        longer = [prompt for _, prompt in self._answers]
+        site = Site.prepare(self.model, longer, self.steers)
+        ends = torch.tensor([len(prompt.answer) - 1 for prompt in longer], device=site.place.device)
+        last = site.place == ends[site.rows[0]]
+        place = torch.zeros_like(site.place[last])
+        return replace(site, rows=site.rows[:, last], labels=site.labels[last], place=place)
 
     def _read_out(self, hidden: Float[Tensor, "n n_labels d_model"], reference):
         """Return every label's NLL and the likeliest token beside it [n, n_labels], and the KL [n, batch].
@@ -357,7 +408,7 @@ class Site:
             self,
             prompts=tuple(self.prompts[i] for i in order.tolist()),
             frozen=_Frozen([(keys[order], values[order]) for keys, values in self.frozen.layers]),
-            given=_changed(self.given, lambda value: _rows(value, len(self.prompts), order)),
+            given=_changed(self.given, lambda value: _rows(value, len(self.prompts), order), {}),
             residual=tuple(stream[order] for stream in self.residual),
             rows=torch.stack([new[self.rows[0, here]], self.rows[1, here]]),
             labels=self.labels[here], place=self.place[here],
@@ -385,7 +436,9 @@ class Vocabulary:
 def vocabulary(site: Site, *others: Site, keep: int = 16384) -> Vocabulary:
     """Keep the tokens that are likeliest on average at the sites' answer positions, and every answer token of them.
 
-    A softmax over these costs a sixteenth of the full one on Gemma 3; `reproduce` in the book states the difference.
+    One of the sites should be of few-shot prompts: without examples a model hardly thinks of the words that a vector
+    makes it say, of another language's least of all. A softmax over these costs a sixteenth of the full one on Gemma 3;
+    `reproduce` in the book states the difference.
     """
     weight, bias = site.model.layout.unembedding()
     zero, mean = torch.zeros(1, site.model.d_model), torch.zeros(len(weight))
@@ -406,7 +459,9 @@ def residuals(model: Model, prompts, positions, layers, batch: int = 16) -> dict
     """Return the residual stream after each of ``layers`` at ``positions`` (a tuple of indices per prompt), stacked.
 
     These are the values at ``blocks.{layer}.hook_resid_post``. Blocks after the last layer asked for are not run.
+    Raises ValueError for a prompt that is too long for the model.
     """
+    _fit(model, prompts)
     layout, kept = model.layout, {layer: [] for layer in layers}
     for start in range(0, len(prompts), batch):
         part, spots = prompts[start : start + batch], positions[start : start + batch]
@@ -431,6 +486,23 @@ class _Enough(Exception):
     """Leaves a forward pass whose later blocks nobody needs."""
 
 
+def _fit(model: Model, prompts) -> None:
+    """Raise ValueError if a prompt is longer than the model is exact on (`Layout.longest`)."""
+    bound, longest = model.layout.longest, max((len(prompt.ids) for prompt in prompts), default=0)
+    if bound is not None and longest > bound:
+        raise ValueError(
+            f"A prompt of {longest:,} tokens is longer than the {bound:,} up to which {model.name!r} is exact: "
+            "use fewer or shorter pairs."
+        )
+
+
+def _ends_line(model, token: int) -> bool:
+    """Say whether a token is a line break, whatever stands behind it, or ends the text."""
+    ends = model.hf.generation_config.eos_token_id
+    ends = {*model.tokenizer.all_special_ids, *(ends if isinstance(ends, list) else [ends])}
+    return token in ends or model.tokenizer.decode([token]).lstrip(" ").startswith("\n")
+
+
 def _single(hidden: Tensor) -> Tensor:
     """Return hidden states in at least single precision: what is reported is read out in it, also of half models."""
     return hidden.float() if hidden.dtype.itemsize < 4 else hidden
@@ -447,13 +519,22 @@ def _rows(value, batch: int, order):
 
 
 def _batched(value, batch: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == batch > 1
+    return isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == batch
 
 
-def _changed(value, change):
-    """Apply ``change`` to everything inside nested tuples, lists and dictionaries."""
-    if isinstance(value, dict):
-        return {key: _changed(item, change) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_changed(item, change) for item in value)
-    return change(value)
+def _changed(value, change, seen: dict):
+    """Apply ``change`` to everything inside nested tuples, lists and dictionaries.
+
+    ``seen``: {id: what became of it}, so that what blocks share, such as a dictionary in which one leaves keys for
+    another, is shared by them afterwards too.
+    """
+    if id(value) not in seen:
+        if isinstance(value, (dict, UserDict)):
+            made = type(value) if isinstance(value, UserDict) else dict
+            new = made({key: _changed(item, change, seen) for key, item in value.items()})
+        elif isinstance(value, (tuple, list)):
+            new = type(value)(_changed(item, change, seen) for item in value)
+        else:
+            new = change(value)
+        seen[id(value)] = new
+    return seen[id(value)]

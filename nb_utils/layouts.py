@@ -48,8 +48,7 @@ class Layout:
     @property
     def d_mlp(self) -> int:
         """The width of a block's MLP; four times the stream's where the configuration doesn't have one number."""
-        width = getattr(self.config, "intermediate_size", None)
-        return width if isinstance(width, int) else 4 * self.d_model
+        return number(self.config, "intermediate_size") or 4 * self.d_model
 
     @property
     def n_heads(self) -> int:
@@ -57,7 +56,7 @@ class Layout:
 
     @property
     def d_head(self) -> int:
-        return getattr(self.config, "head_dim", None) or self.d_model // self.n_heads
+        return number(self.config, "head_dim") or self.d_model // self.n_heads
 
     @property
     def n_vocab(self) -> int:
@@ -71,12 +70,12 @@ class Layout:
         is another one.
         """
         rope = getattr(self.config, "rope_parameters", None) or {}
-        bounds = [getattr(self.config, "max_position_embeddings", None)]
+        bounds = [number(self.config, "max_position_embeddings")]
         for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):  # one, or one a layer type
             if part.get("rope_type") in STRETCHED:
                 bounds.append(part.get("original_max_position_embeddings"))
-                bounds.append(getattr(self.config, "original_max_position_embeddings", None))
-        return min((bound for bound in bounds if isinstance(bound, int) and bound > 0), default=None)
+                bounds.append(number(self.config, "original_max_position_embeddings"))
+        return min(filter(None, bounds), default=None)
 
     def positions(self, numbers: Tensor) -> dict:
         """Return the argument that tells ``core`` the position of each token, if it takes one."""
@@ -119,6 +118,15 @@ class Layout:
             handle.remove()
 
 
+def number(config, name: str) -> int | None:
+    """Return a positive integer of a configuration; None where it has none, or one for each block."""
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # what transformers raises where blocks differ
+        return None
+    return value if isinstance(value, int) and value > 0 else None
+
+
 def stream(out) -> Float[Tensor, "... d_model"]:
     """Return the residual stream from what a block returns."""
     return out[0] if isinstance(out, tuple) else out
@@ -127,9 +135,11 @@ def stream(out) -> Float[Tensor, "... d_model"]:
 def of(hf: torch.nn.Module) -> Layout:
     """Find the parts of a causal language model of transformers.
 
-    Raises LayoutError if it has no stack of blocks, no final norm or no unembedding where such models have them.
+    Raises LayoutError if it has no stack of blocks, no final norm or no unembedding where such models have them, or
+    a bias in attention that the engine would mix up.
     """
     config, core, head = hf.config.get_text_config(decoder=True), hf.get_decoder(), hf.get_output_embeddings()
+    core = hf.model if core is hf and hasattr(hf, "model") else core
     n = getattr(config, "num_hidden_layers", None)
     stacks = [part for part in core.children() if isinstance(part, torch.nn.ModuleList) and len(part) == n]
     norms = [getattr(core, name) for name in NORMS if isinstance(getattr(core, name, None), torch.nn.Module)]
@@ -137,6 +147,8 @@ def of(hf: torch.nn.Module) -> Layout:
     for part, candidates in found.items():
         if not candidates:
             raise LayoutError(f"has no {part} where we look for one")
+    if getattr(getattr(config, "attn_config", None), "alibi", False):
+        raise LayoutError("adds a bias to attention by head, which we cannot tell from one by prompt")
     scale = 1.0
     for name, power in SCALES.items():
         scale *= float(getattr(config, name, None) or 1) ** power

@@ -55,6 +55,7 @@ EMBEDDED = {
     ),
 }
 TINY = "tiny"
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -98,14 +99,40 @@ class Model:
 
         # The bridge changes the tree and the configuration that it is given: it gets a second tree, shared tensors.
         twin = _twin(self.hf, self.dtype)
-        return TransformerBridge.boot_transformers(
-            EMBEDDED[self.name].hub_name if self.name in EMBEDDED else self.name,
-            hf_model=twin, tokenizer=self.tokenizer, device=str(self.device), dtype=self.dtype,
-        )
+        try:
+            bridge = TransformerBridge.boot_transformers(
+                EMBEDDED[self.name].hub_name if self.name in EMBEDDED else self.name,
+                hf_model=twin, tokenizer=self.tokenizer, device=str(self.device), dtype=self.dtype,
+            )
+        except Exception as error:  # whatever an adapter raises on a class that it does not know, or half knows
+            raise ModelError(
+                f"TransformerLens cannot run {self.name!r}, a {type(self.hf).__name__}: the experiments can, "
+                "but what goes through hook points needs another model."
+            ) from error
+        return self._agreeing(bridge)
+
+    @torch.no_grad()
+    def _agreeing(self, bridge):
+        """Return the bridge if its logits are those of the plain model; some adapters of TransformerLens differ.
+
+        Raises ModelError if they are not.
+        """
+        from nb_utils import selftest
+
+        ids = torch.tensor([selftest.tokens(self.tokenizer)], device=self.device)
+        ours, theirs = self.hf(ids).logits.float(), bridge(ids).float()
+        bound = 1e-3 if self.dtype.itemsize > 2 else 0.1
+        if not (ours - theirs).norm() <= bound * ours.norm():
+            raise ModelError(
+                f"TransformerLens computes other logits for {self.name!r}, a {type(self.hf).__name__}, than "
+                "transformers: the experiments don't need it, but what goes through hook points needs another model."
+            )
+        return bridge
 
     def fast(self) -> "Model":
-        """Return the model in the dtype that multiplies fastest (`fast_dtype`)."""
-        return self.to(fast_dtype(self.device))
+        """Return the model in the dtype that multiplies fastest (`fast_dtype`), or as it is if it has fewer bits."""
+        dtype = fast_dtype(self.device)
+        return self if self.dtype.itemsize < dtype.itemsize else self.to(dtype)
 
     def to(self, dtype: torch.dtype) -> "Model":
         """Return the model in another dtype; the tensors are shared where nothing changes."""
@@ -138,7 +165,7 @@ _KEPT: dict[tuple, Model] = {}  # only in the parent of forked kernels, see nb_u
 def keep(name: str) -> None:
     """Load a model to the CPU, which from then on `load` takes from here, in this process and its forks."""
     model = load(name, "cpu")
-    _KEPT[name, torch.float32] = model
+    _KEPT[name, model.dtype] = model
 
 
 def placement() -> str:
@@ -156,13 +183,27 @@ def placement() -> str:
     return device
 
 
-def load(name: str = "gemma-3-270m", device: str | None = None, dtype: torch.dtype = torch.float32) -> Model:
+def precision() -> torch.dtype:
+    """Return the dtype of weights unless told otherwise: ``NB_DTYPE``, else float32.
+
+    In half, a model takes half the memory; logits and losses that are reported are read out of its hidden states in
+    float32 all the same. Raises ModelError for another name.
+    """
+    name = os.environ.get("NB_DTYPE") or "float32"
+    if name not in DTYPES:
+        raise ModelError(f"NB_DTYPE is {name!r}: leave it unset, or set it to one of {', '.join(DTYPES)}.")
+    return getattr(torch, name)
+
+
+def load(name: str = "gemma-3-270m", device: str | None = None, dtype: torch.dtype | None = None) -> Model:
     """Load a model by name: an embedded one, ``tiny`` (random, for tests), a folder, or any hub name.
 
-    ``device``: where to (None: as `placement` says). Raises ModelError when the name is unknown, a file does not hash
-    to what it should, or there is no room to convert it.
+    ``device``: where to (None: as `placement` says). ``dtype``: of its weights (None: as `precision` says). Raises
+    ModelError when the name is unknown, a file does not hash to what it should, there is no room to convert it, or the
+    engine is not exact on it (`nb_utils.selftest`; ``NB_SELF_TEST=0`` takes it on trust).
     """
     device = placement() if device is None else device
+    dtype = precision() if dtype is None else dtype
     if kept := _KEPT.get((name, dtype)):
         return kept if device == "cpu" else replace(kept, hf=_twin(kept.hf, dtype).to(device))
     if name == TINY:
@@ -171,16 +212,22 @@ def load(name: str = "gemma-3-270m", device: str | None = None, dtype: torch.dty
     if folder.is_dir():
         sha256 = _verified(folder, name)
     elif "/" in name:
-        folder, sha256 = name, f"hub:{name}"
+        folder, sha256 = name, ""
     else:
         raise ModelError(
             f"Unknown model {name!r}: use {', '.join([*EMBEDDED, TINY])}, a folder with safetensors, "
             "or a hub name such as google/gemma-2-2b."
         )
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
-        hf = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        # torch's own attention knows no soft cap: some versions of transformers drop the cap without a word.
+        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+        hf = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+            attn_implementation="eager" if capped else None,
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, SafetensorError) as error:  # the last two: damaged or foreign files
         raise ModelError(
@@ -191,16 +238,27 @@ def load(name: str = "gemma-3-270m", device: str | None = None, dtype: torch.dty
     if len(tokenizer) < n_vocab // 2:  # transformers makes up an empty one where files are missing
         raise ModelError(f"{folder} has no tokenizer for its {n_vocab:,} tokens: save the model's tokenizer beside it.")
     hf = hf.to(device).eval().requires_grad_(False)
-    model = Model(name=name, hf=hf, tokenizer=tokenizer, sha256=sha256)
-    if os.environ.get("NB_SELF_TEST", "1") != "0" and (name not in EMBEDDED or _unusual(model.device)):
+    model = Model(name, hf, tokenizer, sha256 or _revision(name, getattr(config, "_commit_hash", None)))
+    return model if name in EMBEDDED and _tested_here(model.device) else _self_tested(model)
+
+
+def _tested_here(device: torch.device) -> bool:
+    """Say whether the tests of this project run on such a device."""
+    return device.type in ("cpu", "cuda")
+
+
+def _self_tested(model: Model) -> Model:
+    """Return the model if the engine is exact on it, or if ``NB_SELF_TEST=0`` says to take that on trust."""
+    if os.environ.get("NB_SELF_TEST") != "0":
         from nb_utils import selftest
 
         selftest.check(model)
     return model
 
 
-def _unusual(device: torch.device) -> bool:
-    return device.type not in ("cpu", "cuda")
+def _revision(name: str, commit: str | None) -> str:
+    """Return what stands for the hash of weights from a hub: their name and commit."""
+    return f"hub:{name}@{commit}" if commit else f"hub:{name}"
 
 
 def cache_dir() -> Path:
@@ -214,7 +272,14 @@ def sha256(name: str) -> str | None:
     Raises ModelError if a file is damaged.
     """
     folder = cache_dir() / "models" / name if name in EMBEDDED else Path(name)
-    return _verified(folder, name) if folder.is_dir() else None
+    if folder.is_dir():
+        return _verified(folder, name)
+    if name.count("/") != 1:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(name, "config.json")
+    return _revision(name, Path(config).parent.name) if isinstance(config, str) else None
 
 
 def _converted(name: str) -> Path:
@@ -321,4 +386,5 @@ def _tiny(device: str, dtype: torch.dtype) -> Model:
             torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim > 1 else 0.05)
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in hf.parameters())).hexdigest()
     hf = hf.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    return Model(name=TINY, hf=hf, tokenizer=tokenizer, sha256=digest)
+    model = Model(name=TINY, hf=hf, tokenizer=tokenizer, sha256=digest)
+    return model if _tested_here(model.device) else _self_tested(model)

@@ -1,9 +1,10 @@
 """Few-shot and zero-shot prompts, with the tokens that matter found by character offsets."""
 
+import functools
 import random
 from dataclasses import dataclass
 
-from nb_utils.tasks import Pair
+from nb_utils.tasks import Pair, TaskError
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Prompt:
 def encode(tokenizer, shots, query, template: Template = ARROW) -> Prompt:
     """Tokenise ``shots`` (pairs) and ``query`` (a pair) as one text; no shots make a zero-shot prompt.
 
-    Raises ValueError when the separator or an answer leaves no token of its own.
+    Raises ValueError when the separator or an answer leaves no token of its own, TaskError when the tokenizer would
+    take part of a pair for a special token.
     """
     text, separator_ends, output_ends = "", [], []
     for pair in (*shots, query):
@@ -54,8 +56,7 @@ def encode(tokenizer, shots, query, template: Template = ARROW) -> Prompt:
         separator_ends.append(len(text))
         text += f" {pair.y}"
         output_ends.append(len(text))
-    encoded = tokenizer(text, return_offsets_mapping=True)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    ids, offsets = _tokens(tokenizer, text)
     ends = {end: index for index, (start, end) in enumerate(offsets) if end > start}
     try:
         separators = tuple(ends[end] for end in separator_ends)
@@ -71,7 +72,26 @@ def encode(tokenizer, shots, query, template: Template = ARROW) -> Prompt:
 
 
 def _answer(tokenizer, head: str, answer: str, n_head: int) -> tuple[int, ...]:
-    return tuple(tokenizer(f"{head} {answer}")["input_ids"][n_head:])
+    return tuple(_tokens(tokenizer, f"{head} {answer}")[0][n_head:])
+
+
+def _tokens(tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return the ids of a text and their offsets in it; what the tokenizer adds itself (BOS) spans no text."""
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    special = _special(tokenizer)
+    for index, (start, end) in zip(ids, offsets, strict=True):
+        if index in special and end > start:
+            token = tokenizer.convert_ids_to_tokens(index)
+            raise TaskError(f"The tokenizer reads {text[start:end]!r} as its special token {token}: leave that out.")
+    return ids, offsets
+
+
+@functools.cache
+def _special(tokenizer) -> frozenset[int]:
+    """Return the ids of the tokens that control a model rather than stand for text."""
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(added | set(tokenizer.all_special_ids))
 
 
 def zero_shot(tokenizer, pairs, template: Template = ARROW) -> list[Prompt]:

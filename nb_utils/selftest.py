@@ -15,6 +15,7 @@ TEXT = "hot -> cold\nbig -> small"
 LENGTHS = (12, 7)  # tokens of the two prompts: the shorter one is padded
 ANSWER = 2
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # nats a prompt, and share of the gradient's length
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 HALF = 0.1  # in bfloat16 and float16 two exact ways to the same loss differ by up to this
 
 
@@ -32,9 +33,9 @@ def check(model) -> None:
     except layouts.LayoutError as error:
         raise ModelError(f"{model.name!r} is a {kind}, which {error}: {advice}.") from error
     except Exception as error:  # anything that a class of somebody else's can raise
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise ModelError(
-            f"{model.name!r} is a {kind}, which the engine cannot replay block by block ({reason}): {advice}."
+            f"{model.name!r} is a {kind}, which the engine cannot replay block by block ({_reason(model, error)}): "
+            f"{advice}."
         ) from error
     bound = TOLERANCE.get(model.dtype, HALF)
     if not (loss <= bound and gradient <= bound):  # also where one of them is not a number
@@ -42,6 +43,14 @@ def check(model) -> None:
             f"{model.name!r} is a {kind}, on which the engine is not exact: losses differ from a plain forward pass by "
             f"{loss:.1e} nats, gradients by {gradient:.1e} of their length: {advice}."
         )
+
+
+def _reason(model, error: Exception) -> str:
+    """Say what is not handled: kinds of blocks that keep no keys and values, or what went wrong."""
+    others = sorted(set(getattr(model.layout.config, "layer_types", None) or ()) - ATTENTION)
+    if others:
+        return f"it has blocks of the kind {', '.join(others)}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
 def differences(model) -> tuple[float, float]:
@@ -62,17 +71,21 @@ def differences(model) -> tuple[float, float]:
     (reference,) = torch.autograd.grad(expected.mean(-1).sum(), theirs)
     scored = torch.stack([site.evaluate(v, *case).nll.nansum(-1) for v, case in zip(start, cases, strict=True)])
     off = (scored - expected.cpu()).abs().max(), (losses - expected.mean(-1).cpu()).abs().max()
-    return max(off).item(), ((gradient - reference).norm() / reference.norm()).item()
+    return max(off).item(), ((gradient - reference).norm() / reference.norm().clamp_min(1e-9)).item()
 
 
 def short_prompts(tokenizer) -> list[Prompt]:
     """Return two prompts of unequal length, made of tokens as the tokenizer gives them."""
-    ids = tokenizer(TEXT)["input_ids"]
-    ids = (ids * LENGTHS[0])[: LENGTHS[0]]  # a tokenizer that knows no word of it still gives some token
+    ids = tokens(tokenizer)
     return [
         Prompt(tuple(ids[:n]), (n - ANSWER - 2,), (), tuple(ids[n - ANSWER : n]), (tuple(ids[n - ANSWER : n]),))
         for n in LENGTHS
     ]
+
+
+def tokens(tokenizer) -> list[int]:
+    """Return some tokens as the tokenizer gives them, the first as it begins a text."""
+    return (tokenizer(TEXT)["input_ids"] * LENGTHS[0])[: LENGTHS[0]]  # whatever it makes of the words, there are enough
 
 
 def plain_losses(model, prompt: Prompt, vectors: Tensor, cases) -> Tensor:

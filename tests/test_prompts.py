@@ -1,6 +1,7 @@
 """Prompts: the tokens that matter are found by character offsets, for every tokenizer and any text."""
 
 import pytest
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from nb_utils import models, prompts, tasks
@@ -165,3 +166,23 @@ def test_the_dummy_shot_says_nothing_of_the_task(tokenizer):
     (prompt,) = prompts.dummy_shot(tokenizer, [pair("hot", "cold")])
     assert text_of(tokenizer, prompt.ids) == "X -> Y\nhot -> cold"
     assert text_of(tokenizer, prompt.ids[: prompt.outputs[-1] + 1]) == "X -> Y"
+
+
+@pytest.mark.parametrize("place", ["shot's input", "shot's answer", "query's input", "answer", "other answer"])
+def test_text_that_the_tokenizer_takes_for_a_special_token_is_refused(tokenizer, place):
+    control = next(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    bad, good = f"a{control}b", "c"
+    x, y = (bad if place == f"shot's {part}" else good for part in ("input", "answer"))
+    answers = [bad if place == part else good for part in ("answer", "other answer")]
+    with pytest.raises(tasks.TaskError, match="special token") as said:
+        prompts.encode(tokenizer, [pair(x, y)], pair(bad if place == "query's input" else good, *answers))
+    assert control in str(said.value) and "\n" not in str(said.value)
+
+
+def test_tokens_that_the_tokenizer_adds_itself_are_no_text():
+    tokenizer = models.load("tiny").tokenizer
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 2), ("<eos>", 1)]
+    )
+    prompt = prompts.encode(tokenizer, [], pair("a", "b"))
+    assert (prompt.ids[0], prompt.ids[-1]) == (2, 1)
