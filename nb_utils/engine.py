@@ -231,18 +231,26 @@ class Site:
         """Return the loss of ``n`` vectors as a CUDA graph: a function of them and of the ``batch`` prompts to take.
 
         A step of optimisation is hundreds of small kernels, and on a GPU starting them costs many times what they
-        compute; the graph starts all at once. None where there is no graph: on other devices, or where ``n`` vectors
-        exceed the budget.
+        compute; the graph starts all at once. It is kept for the next call. None where there is no graph: on other
+        devices, or where ``n`` vectors exceed the budget.
         """
-        device, batch = self.model.device, batch or len(self.prompts)
+        device, batch = self.model.device, min(batch or len(self.prompts), len(self.prompts))
         width = self.model.layout.n_vocab if vocabulary is None else len(vocabulary.weight)
         if device.type != "cuda" or n > self._chunk(len(self.residual) - 1 - layer, 3 * width):
             return None
-        given = torch.zeros(n, self.model.d_model, device=device, requires_grad=True)
-        loss = self._fixed(layer, mode, vocabulary, batch)
-        graph = torch.cuda.make_graphed_callables(loss, (given, torch.arange(batch, device=device)))
-        # The next call writes where this one's result lies: hand out a copy.
-        return lambda vectors, order: graph(vectors.to(device), order.to(device)).clone().to(vectors.device)
+        key = n, layer, mode, id(vocabulary), batch
+        if key not in self._graphs:
+            given = torch.zeros(n, self.model.d_model, device=device, requires_grad=True)
+            loss = self._fixed(layer, mode, vocabulary, batch)
+            graph = torch.cuda.make_graphed_callables(loss, (given, torch.arange(batch, device=device)))
+            # The next call writes where this one's result lies: hand out a copy. The vocabulary must live as long.
+            self._graphs[key] = vocabulary, lambda vectors, order: (
+                graph(vectors.to(device), order.to(device)).clone().to(vectors.device))
+        return self._graphs[key][1]
+
+    @cached_property
+    def _graphs(self) -> dict:
+        return {}
 
     def _fixed(self, layer, mode, vocabulary, batch):
         """Return ``take(order).loss(vectors)`` as a function whose shapes don't depend on which prompts are taken.
