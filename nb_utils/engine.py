@@ -75,14 +75,6 @@ class Scores:
         return self.nll.nanmean(-1).masked_fill(self.exact.isnan(), torch.nan)
 
 
-def byte_budget(device: torch.device) -> int:
-    """Return how many bytes one chunk may take: `BYTE_BUDGET`, on a GPU a quarter of what is free there."""
-    if device.type != "cuda":
-        return BYTE_BUDGET
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for no tensor
-    return (torch.cuda.mem_get_info(device)[0] + held) // 4
-
-
 @dataclass(frozen=True)
 class Site:
     """A set of prompts with one place to steer, prepared for every layer."""
@@ -159,10 +151,15 @@ class Site:
         targets = as_tensor(rows).T, as_tensor(labels), as_tensor(place)
         return cls(model, tuple(prompts), frozen, tuple(given), tuple(residual), *targets, at)
 
-    @cached_property
+    @property
     def budget(self) -> int:
-        """The bytes that one chunk of vectors may take, as `byte_budget` said when it was first asked for."""
-        return byte_budget(self.model.device)
+        """The bytes that one chunk of vectors may take: `BYTE_BUDGET`, on a GPU a quarter of what was free there."""
+        return self._free // 4 if self.model.device.type == "cuda" else BYTE_BUDGET
+
+    @cached_property
+    def _free(self) -> int:
+        held = torch.cuda.memory_reserved(self.model.device) - torch.cuda.memory_allocated(self.model.device)
+        return torch.cuda.mem_get_info(self.model.device)[0] + held  # the second: torch's, for no tensor yet
 
     def hidden(
         self, vectors: Float[Tensor, "n d_model"], layer: int, mode: str = "add"
@@ -274,6 +271,8 @@ class Site:
 
     def _picked(self, layer: int, order, **more) -> "Site":
         """Take some prompts, as far as the blocks after ``layer`` need them."""
+        seen = {}
+
         def picked(each, change):
             return tuple(one if i < layer else change(one) for i, one in enumerate(each))
 
@@ -281,7 +280,7 @@ class Site:
             self, **more, residual=picked(self.residual, lambda stream: stream[order]),
             frozen=_Frozen(picked(self.frozen.layers, lambda kept: tuple(part[order] for part in kept))),
             given=picked(self.given, lambda one: _changed(
-                one, lambda value: _rows(value, len(self.prompts), order))),
+                one, lambda value: _rows(value, len(self.prompts), order), seen)),
         )  # fmt: skip
 
     def _chunk(self, blocks: int, width: int) -> int:
