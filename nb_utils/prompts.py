@@ -54,9 +54,7 @@ def encode(tokenizer, shots, query, template: Template = ARROW) -> Prompt:
         separator_ends.append(len(text))
         text += f" {pair.y}"
         output_ends.append(len(text))
-    encoded = tokenizer(text, return_offsets_mapping=True)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    ends = {end: index for index, (start, end) in enumerate(offsets) if end > start}
+    ids, ends = _read(tokenizer, text)
     try:
         separators = tuple(ends[end] for end in separator_ends)
         outputs = tuple(ends[end] for end in output_ends)
@@ -71,7 +69,31 @@ def encode(tokenizer, shots, query, template: Template = ARROW) -> Prompt:
 
 
 def _answer(tokenizer, head: str, answer: str, n_head: int) -> tuple[int, ...]:
-    return tuple(tokenizer(f"{head} {answer}")["input_ids"][n_head:])
+    return tuple(_read(tokenizer, f"{head} {answer}")[0][n_head:])
+
+
+def _read(tokenizer, text: str) -> tuple[list[int], dict[int, int]]:
+    """Return the tokens of a text, without what a tokenizer appends to it (EOS), and {end of a token: its index}."""
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    ends = {end: index for index, (start, end) in enumerate(encoded["offset_mapping"]) if end > start}
+    return encoded["input_ids"][: max(ends.values()) + 1], ends
+
+
+def opening(tokenizer) -> list[int]:
+    """Return the tokens with which the tokenizer begins every text: BOS, or none."""
+    ids, ends = _read(tokenizer, "a")
+    return ids[: min(ends.values())]
+
+
+def begin(tokenizer, rows):
+    """Begin rows of running text [n, tokens] as the tokenizer begins a prompt, and return them.
+
+    Its BOS takes the place of each row's first token; without a BOS, that token stays. In both cases it is the first
+    position of the model's context, which is unlike all others, and no SAE is to learn it.
+    """
+    start = opening(tokenizer)
+    rows[:, : len(start)] = start
+    return rows
 
 
 def zero_shot(tokenizer, pairs, template: Template = ARROW) -> list[Prompt]:
