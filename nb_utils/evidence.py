@@ -6,7 +6,6 @@ All text of tokens and documents is escaped: it shows as itself, whatever it loo
 from __future__ import annotations
 
 import os
-import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +15,7 @@ from itertools import groupby
 import pandas as pd
 
 from nb_utils import metrics, plots, tables
+from nb_utils.text import visible
 
 SOURCES = {"executor": "02_cleanup_features", "detector": "04_detectors_features"}
 STEERING, MASS, FEATURES = "05_cross_task_steering", "04_detectors_mass", "features"
@@ -135,11 +135,7 @@ def _known(_: str) -> frozenset[tuple[int, int]]:
 
 def show(text: str) -> str:
     """Return text as HTML that shows each character: escaped, line ends as ↵, the invisible by its number."""
-    marks = {"\n": "↵", "\t": "⇥"}
-    return "".join(
-        marks.get(c) or (escape(c) if c.isprintable() or unicodedata.category(c) == "Zs" else f"[U+{ord(c):04X}]")
-        for c in text
-    )
+    return escape(visible(text))
 
 
 def summary(feature: Feature) -> str:

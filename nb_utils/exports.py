@@ -20,7 +20,10 @@ FORMAT = "sparse-task-vector/1"
 
 
 class ExportError(ValueError):
-    """A vector that cannot be written or read; the message says what to do."""
+    """A vector that cannot be written or read; the message is one line and says what to do."""
+
+    def __init__(self, message: str):
+        super().__init__("".join(char if char.isprintable() else "?" for char in message))
 
 
 @dataclass(frozen=True)
@@ -67,14 +70,14 @@ def save(exported: Vector, folder: str | Path) -> Path:
     """
     if not str(folder).strip():
         raise ExportError("The folder has no name: type one.")
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     tensors = {name: getattr(exported, name).detach().cpu().contiguous() for name in ("vector", "latents", "weights")}
     data = save_tensors(tensors)
     card = {"format": FORMAT, **dataclasses.asdict(exported.card), "sha256": hashlib.sha256(data).hexdigest()}
     try:
+        _check_new(folder)
         with files.whole(folder) as made:
-            if folder.exists():
-                raise ExportError(f"{folder} exists already: choose another name, or delete it first.")
+            _check_new(folder)  # who held the lock may have made it
             made.mkdir()
             (made / VECTOR).write_bytes(data)
             (made / CARD).write_text(json.dumps(card, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -82,9 +85,14 @@ def save(exported: Vector, folder: str | Path) -> Path:
         raise
     except files.FileError as error:
         raise ExportError(str(error)) from error
-    except ValueError as error:  # a name that no file can have
+    except (OSError, ValueError) as error:  # a name that no file can have
         raise ExportError(files.unwritten(folder, error)) from error
     return folder
+
+
+def _check_new(folder: Path) -> None:
+    if folder.exists():
+        raise ExportError(f"{folder} exists already: choose another name, or delete it first.")
 
 
 def load(folder: str | Path, model=None, sae=None) -> Vector:
@@ -92,10 +100,10 @@ def load(folder: str | Path, model=None, sae=None) -> Vector:
 
     Raises ExportError, in one sentence, if anything is missing, damaged or of another model.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     try:
         data = (folder / VECTOR).read_bytes()
-        record = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        record = json.loads((folder / CARD).read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise ExportError(f"There is no {error.filename}: name a folder with {VECTOR} and {CARD}.") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from nb_utils.text import visible
+
 MANIFEST = "manifest.json"
 SEAL = hashlib.sha256().digest_size
+SAID_AGAIN = 60  # seconds between two words of who waits
+READ = (".safetensors", ".json", ".jinja", ".model", ".txt")  # what is read of a folder with a model or SAEs
 
 
 class FileError(ValueError):
@@ -25,24 +32,35 @@ class FileError(ValueError):
 def alone(target: str | Path) -> Iterator[None]:
     """Hold the lock of a target, beside which it lies: a second process waits until the first has ended or was killed.
 
-    Raises FileError if no lock can be had there.
+    It says so once a minute. Raises FileError if no lock can be had there.
     """
     target = Path(target)
-    lock = FileLock(target.with_name(f".{target.name}.lock"))
     try:
+        lock = FileLock(target.with_name(f".{target.name}.lock"))
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=2)
-        except Timeout:
-            logging.getLogger(__name__).warning("Waiting for another process that makes %s.", target)
-            lock.acquire()
-    except OSError as error:
+        _acquire(lock, target)
+    except (OSError, ValueError, NotImplementedError) as error:  # no folder, a name no file can have, no locks
         raise FileError(unwritten(target, error)) from error
     try:
         yield
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)  # while we hold it: who waits sees that it went, and makes its own
         lock.release()
+
+
+def _acquire(lock: FileLock, target: Path) -> None:
+    """Wait for a lock that another process holds; one that cannot even be made is an OSError."""
+    said, missing = None, 0
+    while True:
+        try:
+            return lock.acquire(timeout=2)
+        except Timeout:
+            missing = 0 if Path(lock.lock_file).exists() else missing + 1
+        if missing > 1:  # the first time, who held it may have just ended
+            raise OSError(errno.ENOLCK, "no lock can be made there")
+        if not missing and (said is None or time.monotonic() > said + SAID_AGAIN):
+            logging.getLogger(__name__).warning("Waiting for another process that makes %s.", target)
+            said = time.monotonic()
 
 
 @contextmanager
@@ -87,6 +105,7 @@ def write(target: str | Path, *parts: bytes) -> Path:
 def unwritten(target: str | Path, error: Exception) -> str:
     """Say that a target could not be written, why, and what to do."""
     said = getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
+    target = visible(str(target))
     remedy = "make room or give another folder, then run again; what was there is intact"
     return f"{target} could not be written ({said}): {remedy}."
 
@@ -112,6 +131,27 @@ def sha256(path: str | Path) -> str:
     """Hash a file."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def content(folder: str | Path) -> bytes:
+    """Return what stands for all that is read of a folder with a model or SAEs: names and hashes of its files.
+
+    A file is hashed once in a process, unless it changes.
+    """
+    inside = [path for pattern in ("*", "[!.]*/*") for path in Path(folder).glob(pattern)]
+    paths = sorted(path for path in inside if path.suffix in READ and path.is_file())
+    named = [(path.relative_to(folder).as_posix(), _hashed(path, _changed(path))) for path in paths]
+    return json.dumps(named).encode()
+
+
+def _changed(path: Path) -> tuple[int, ...]:
+    state = path.stat()
+    return state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
+
+
+@lru_cache(maxsize=1024)
+def _hashed(path: Path, changed: tuple[int, ...]) -> str:
+    return sha256(path)
 
 
 def describe(folder: str | Path, names: list[str], **more: object) -> None:

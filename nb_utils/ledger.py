@@ -1,13 +1,14 @@
 """The ledger: what the post, the paper and we claim (book/claims.yml), and what the tables say of it.
 
-Claims and sentences stand in that file as data, the numbers that decide them in `nb_utils.claims`.
+Claims and sentences stand in that file as data, the numbers that decide them in `nb_utils.claims`. What the verdicts
+would be had we chosen otherwise is a table of its own, CHOICES.
 """
 
 from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from html import escape
@@ -18,7 +19,7 @@ import pandas as pd
 import yaml
 from pandas.io.formats.style import Styler
 
-from nb_utils import claims, plots, tables
+from nb_utils import claims, metrics, plots, tables
 from nb_utils.claims import Book, ClaimError
 from nb_utils.metrics import RELATIONS, Comparison
 
@@ -31,6 +32,8 @@ UNITS = {
 SIGNS = {"<": "<", "<=": "≤", ">": ">", ">=": "≥"}
 SOURCES = ("post", "paper", "ours")
 NOT_MEASURED = "not measured"
+# The table of `otherwise`, and what it calls the choices that the pages are printed with.
+CHOICES, PRINTED = "choices", "as the book chooses"
 
 # Digits (not those inside a word such as L0), and the words for numbers that state a result.
 NUMBER = re.compile(
@@ -74,6 +77,11 @@ class Claim:
     def bound(self) -> float:
         return float(self.holds.split()[1])
 
+    def written(self, mean: float, low: float, high: float) -> str:
+        """Write a number with its interval in the claim's unit."""
+        mean, low, high = (UNITS[self.unit].format(part) for part in (mean, low, high))
+        return f"{mean} [{low.split()[0]}, {high.split()[0]}]"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -82,6 +90,7 @@ class Row:
     claim: Claim
     number: Comparison | None
     decides: str
+    families: Comparison | None = None  # the same number, its interval over families of tasks
 
     @property
     def verdict(self) -> str:
@@ -99,11 +108,14 @@ class Row:
         return f"{SIGNS[self.claim.relation]} {self.claim.bound:{'.0%' if share else 'g'}}"
 
     def __str__(self) -> str:
-        if self.number is None:
+        return "–" if self.number is None else self.claim.written(self.number.mean, self.number.low, self.number.high)
+
+    @property
+    def over_families(self) -> str:
+        """The interval over families, as text; a dash where there are too few."""
+        if self.families is None:
             return "–"
-        three = (self.number.mean, self.number.low, self.number.high)
-        mean, low, high = (UNITS[self.claim.unit].format(part) for part in three)
-        return f"{mean} [{low.split()[0]}, {high.split()[0]}]"
+        return self.claim.written(self.families.mean, self.families.low, self.families.high).partition(" [")[2][:-1]
 
 
 def read(path: Path = FILE) -> dict:
@@ -144,7 +156,8 @@ def judged(page: str | None = None, book: Book | None = None, path: Path = FILE)
 
 def _judge(claim: Claim, book: Book) -> Row:
     try:
-        return Row(claim, claims.NUMBERS[claim.number](book), claim.decides.format_map(book))
+        number, decides = book.decide(claim.number), claim.decides.format_map(book)
+        return Row(claim, number, decides, metrics.over_families(number.by_task, book.family))
     except (ClaimError, tables.TableError) as error:
         return Row(claim, None, str(error).replace(f"{tables.ROOT}/", ""))  # a page shows it
 
@@ -159,10 +172,52 @@ def table(judged: Mapping[str, Row], links: bool = False) -> Styler:
         line = {"claim": claim, "verdict": row.verdict, "our number [95 %]": str(row), "asked": escape(row.asked)}
         line["tasks"] = row.on_side.replace(" ", "\N{NO-BREAK SPACE}")
         if links:
+            line["over families"] = row.over_families
             line["page"] = f'<a href="{row.claim.page}.html">{row.claim.page[:2]}</a>'
         lines.append(line)
     wrapped = {"selector": "td", "props": "white-space: normal; vertical-align: top"}
     return plots.table(pd.DataFrame(lines)).set_table_styles([wrapped], overwrite=False)
+
+
+# Other choices
+
+
+def otherwise(book: Book | None = None, path: Path = FILE, only: Collection[str] | None = None) -> pd.DataFrame:
+    """Judge every claim as the book chooses, and again under each of `claims.OTHERWISE` (or ``only`` these).
+
+    Columns: claim (its id), choice, verdict, mean, low, high, met (tasks on the asked side), tasks.
+    """
+    book, lines = book or Book(), []
+    choices = {PRINTED: {}, **claims.OTHERWISE}
+    for choice in choices if only is None else only:
+        for name, row in judged(book=book.otherwise(**choices[choice]), path=path).items():
+            line = {"claim": name, "choice": choice, "verdict": row.verdict}
+            if (found := row.number) is not None:
+                met = found.met(row.claim.relation, row.claim.bound)
+                line |= {"mean": found.mean, "low": found.low, "high": found.high, "met": met, "tasks": found.tasks}
+            lines.append(line)
+    return pd.DataFrame(lines).astype({"met": "Int64", "tasks": "Int64"})
+
+
+def depending(found: pd.DataFrame, path: Path = FILE) -> pd.DataFrame:
+    """Return the rows of `otherwise` whose verdict is not the printed one, with that and both numbers as text.
+
+    Rows that are not measured are left out. Columns: claim (in words), printed, choice, verdict.
+    """
+    by_id = {claim.id: claim for claim in entries(path)}
+    found = found[found["verdict"].ne(NOT_MEASURED) & found["claim"].isin(by_id)]
+    says = [
+        f"{row.verdict}, {by_id[row.claim].written(row.mean, row.low, row.high)}" for row in found.itertuples()
+    ]
+    found = found.assign(says=says)
+    printed = found[found["choice"].eq(PRINTED)].set_index("claim")
+    other = found[found["claim"].isin(printed.index) & found["verdict"].ne(found["claim"].map(printed["verdict"]))]
+    return pd.DataFrame(
+        {
+            "claim": [by_id[name].claim for name in other["claim"]],
+            "printed": other["claim"].map(printed["says"]), "choice": other["choice"], "verdict": other["says"],
+        }
+    )  # fmt: skip
 
 
 # Numbers in prose
@@ -221,7 +276,7 @@ def _unsupported(entry: Mapping, book: Book) -> str | None:
         module, *names = entry["constant"].split(".")
         value = reduce(getattr, names, importlib.import_module(f"nb_utils.{module}"))
         return None if value == entry["is"] else f"{entry['constant']} is {value}"
-    value = claims.NUMBERS[entry["number"]](book)
+    value = book.decide(entry["number"])
     relation, bound = entry["holds"].split()[0], float(entry["holds"].split()[1])
     if isinstance(value, Comparison):
         verdict = value.judge(relation, bound)

@@ -72,3 +72,18 @@ def best_scale(
     tried = torch.tensor(scales, device=vector.device)
     with torch.no_grad():
         return float(tried[site.loss(tried[:, None] * vector, layer, mode, vocabulary).argmin()])
+
+
+def repeated(layers: list[int], repeat_layers: str | int, seeds: int) -> list[int]:
+    """Return those of ``layers`` that are run with every seed: all, or those that ``repeat_layers`` names.
+
+    Raises ValueError where there are several seeds and no block for them.
+    """
+    named = str(repeat_layers).split(",")
+    found = [layer for layer in layers if repeat_layers == "all" or str(layer) in (part.strip() for part in named)]
+    if seeds > 1 and not found:
+        raise ValueError(
+            f"No block has several seeds: repeat_layers is {repeat_layers}, layers are {', '.join(map(str, layers))}; "
+            "let it name one of these."
+        )
+    return found

@@ -7,7 +7,7 @@ All functions take the tidy frames of `tables.load`. A row is one vector on the 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,7 +20,10 @@ MIN_GAIN = 0.25
 
 # A claim holds when the interval is on its side of the bound and so are this many of the tasks.
 MOST = 0.75
+# An interval that resamples fewer tasks, or families of tasks, than this says nothing.
+LEAST = 3
 RELATIONS = {"<": operator.lt, "<=": operator.le, "=": operator.eq, ">": operator.gt, ">=": operator.ge}
+VERDICTS = ("holds", "mostly", "undecided", "fails")
 
 DRAWS = 2000
 LEVEL = 0.95
@@ -55,16 +58,19 @@ class Comparison:
         return self.judge()
 
     def judge(self, relation: str = "<", bound: float = 0) -> str:
-        """Judge the claim that the mean is on one side of a bound: it "holds", "holds in part" or "fails".
+        """Judge the claim that the mean is on one side of a bound: return one of `VERDICTS`.
 
-        It holds if the whole interval and `MOST` of the tasks are on that side too, in part if only the mean is.
-        ``relation``: a key of `RELATIONS`.
+        It "holds" if the whole interval and `MOST` of the tasks are on that side, "mostly" if the interval is, and
+        "fails" if the whole interval is on the other side. Else the interval contains the bound, or there are fewer
+        tasks than `LEAST`, and the claim is "undecided". ``relation``: a key of `RELATIONS`.
         """
-        met = RELATIONS[relation]
-        if not met(self.mean, bound):
-            return "fails"
-        end = self.high if relation in ("<", "<=") else self.low
-        return "holds" if met(end, bound) and self.met(relation, bound) >= MOST * self.tasks else "holds in part"
+        below = relation in ("<", "<=")
+        asked, other = (self.high, self.low) if below else (self.low, self.high)
+        if self.tasks < LEAST:
+            return "undecided"
+        if RELATIONS[relation](asked, bound):
+            return "holds" if self.met(relation, bound) >= MOST * self.tasks else "mostly"
+        return "fails" if (other > bound if below else other < bound) else "undecided"
 
     def met(self, relation: str, bound: float) -> int:
         """Count the tasks on that side of the bound."""
@@ -158,16 +164,33 @@ def compare(
     return Comparison(float(by_task.mean()), float(low[0]), float(high[0]), by_task.sort_values())
 
 
-def over_tasks(values: pd.Series, seed: int = 0) -> Comparison:
+def over_tasks(values: pd.Series, seed: int = 0, average: Callable = np.mean) -> Comparison:
     """Bootstrap the mean of one number a task (a difference, or any measure that has no prompts), over tasks.
 
-    ``values``: indexed by task; missing ones are left out. Raises ValueError if none is left.
+    ``values``: indexed by task; missing ones are left out. ``average``: `numpy.median` for the median task instead.
+    Raises ValueError if no task is left.
     """
     found = values.dropna().astype(float).sort_values().rename("difference")
     if found.empty:
         raise ValueError("No task has this number: nothing can be averaged.")
-    draws = np.random.default_rng(seed).choice(found.to_numpy(), (1, DRAWS, len(found))).mean(2)
+    draws = average(np.random.default_rng(seed).choice(found.to_numpy(), (1, DRAWS, len(found))), axis=2)
     low, high = _quantiles(draws)
+    return Comparison(float(average(found.to_numpy())), float(low[0]), float(high[0]), found)
+
+
+def over_families(values: pd.Series, family: Mapping[str, str], seed: int = 0) -> Comparison | None:
+    """Bootstrap the mean of one number a task over families of tasks, which are drawn whole; tasks weigh the same.
+
+    Tasks of a family are alike, so an interval over tasks, as if each were drawn for itself, may be too narrow.
+    ``values``: indexed by task. ``family``: {task: its family}. Returns None for fewer families than `LEAST`.
+    """
+    found = values.dropna().astype(float).sort_values().rename("difference")
+    parts = found.groupby(found.index.map(family)).agg(["sum", "size"])
+    if len(parts) < LEAST:
+        return None
+    drawn = np.random.default_rng(seed).integers(len(parts), size=(DRAWS, len(parts)))
+    total, tasks = (parts[column].to_numpy()[drawn].sum(axis=1) for column in ("sum", "size"))
+    low, high = _quantiles((total / tasks)[None])
     return Comparison(float(found.mean()), float(low[0]), float(high[0]), found)
 
 

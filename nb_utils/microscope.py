@@ -25,7 +25,7 @@ def prompt(tokenizer, text: str, answer: str = "", template: Template = ARROW) -
     """Read a typed prompt: lines ``x -> y`` for examples (none: zero-shot), the last one ``x ->``.
 
     Raises MicroscopeError for an empty prompt, a line without separator, text after the last separator, a text that
-    is too long, and characters that the tokenizer has no token for.
+    is too long, and what `prompts.encode` refuses.
     """
     mark, lines = template.separator.strip(), text.strip().splitlines()
     if not lines:
@@ -46,14 +46,11 @@ def prompt(tokenizer, text: str, answer: str = "", template: Template = ARROW) -
         raise MicroscopeError(f"The last line goes on after its separator: end it with {mark}")
     answer = " ".join(answer.split()) or NO_ANSWER
     try:
-        read = prompts.encode(tokenizer, shots[:-1], Pair(shots[-1].x, answer, (answer,)), template)
-    except (ValueError, UnicodeEncodeError, TypeError) as error:  # the last two: half a surrogate pair
-        own = type(error) is ValueError
-        raise MicroscopeError(str(error) if own else "The tokenizer cannot read a character of this prompt.") from None
-    if special := set(read.ids[1:]) & set(tokenizer.all_special_ids):
-        token = tokenizer.convert_ids_to_tokens(min(special))
-        raise MicroscopeError(f"The tokenizer reads part of this text as its special token {token}: leave that out.")
-    return read
+        return prompts.encode(tokenizer, shots[:-1], Pair(shots[-1].x, answer, (answer,)), template)
+    except (UnicodeEncodeError, TypeError):  # half a surrogate pair
+        raise MicroscopeError("The tokenizer cannot read a character of this prompt.") from None
+    except ValueError as error:
+        raise MicroscopeError(str(error)) from None
 
 
 def direction(sae: Sae, latent: int) -> Float[Tensor, " d_in"]:

@@ -19,7 +19,7 @@ from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from pandas.io.formats.style import Styler
 
 from nb_utils import metrics, tasks
@@ -117,7 +117,7 @@ def use_style() -> None:
             "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8,
             "axes.grid": True, "axes.grid.axis": "y", "grid.color": PALE, "grid.linewidth": 0.7,
             "axes.axisbelow": True, "lines.linewidth": 1.8, "lines.markersize": 4.5, "legend.frameon": False,
-            "axes.prop_cycle": plt.cycler(color=CYCLE),
+            "axes.prop_cycle": plt.cycler(color=CYCLE), "text.parse_math": False,  # a dollar in a title is a dollar
         }
     )  # fmt: skip
 
@@ -172,6 +172,7 @@ def loss_vs_l0(frame: pd.DataFrame, value: str = "loss", ax: Axes | None = None,
         _draw(ax, line["l0"].astype(float), line, method, mode)
         ends.append((line["l0"].iloc[-1], line["mean"].iloc[-1], label(method), _color(method)))
     ax.set_xscale("log")
+    ax.xaxis.set_major_formatter("{x:g}")
     if not sparse.empty:
         low, high = float(sparse["l0"].min()), float(sparse["l0"].max())
         ticks = [
@@ -424,6 +425,8 @@ def scale_sweep(frame: pd.DataFrame, value: str = "loss", ax: Axes | None = None
         text = {"textcoords": "offset points", "fontsize": 8.5, "color": _dark(COLORS["random_support"])}
         ax.annotate("random directions", max(random), (4, -3), **text)
     ax.set_xscale("log")
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("scale (mean residual norms, log scale)")
     ax.set_ylabel("right first answer tokens" if value == "accuracy" else "loss (nats, first answer token)")
     _label_ends(ax, ends)

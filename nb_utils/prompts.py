@@ -1,9 +1,10 @@
 """Few-shot and zero-shot prompts, with the tokens that matter found by character offsets."""
 
+import functools
 import random
 from dataclasses import dataclass
 
-from nb_utils.tasks import Pair
+from nb_utils.tasks import Pair, TaskError
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Prompt:
 def encode(tokenizer, shots, query, template: Template = ARROW) -> Prompt:
     """Tokenise ``shots`` (pairs) and ``query`` (a pair) as one text; no shots make a zero-shot prompt.
 
-    Raises ValueError when the separator or an answer leaves no token of its own.
+    Raises ValueError when the separator or an answer leaves no token of its own, TaskError when the tokenizer would
+    take part of a pair for a special token.
     """
     text, separator_ends, output_ends = "", [], []
     for pair in (*shots, query):
@@ -73,10 +75,27 @@ def _answer(tokenizer, head: str, answer: str, n_head: int) -> tuple[int, ...]:
 
 
 def _read(tokenizer, text: str) -> tuple[list[int], dict[int, int]]:
-    """Return the tokens of a text, without what a tokenizer appends to it (EOS), and {end of a token: its index}."""
+    """Return the ids of a text and {end of a token: its index}.
+
+    What the tokenizer adds itself spans no text; what it appends (EOS) is left out. Raises TaskError for a special
+    token in the text.
+    """
     encoded = tokenizer(text, return_offsets_mapping=True)
-    ends = {end: index for index, (start, end) in enumerate(encoded["offset_mapping"]) if end > start}
-    return encoded["input_ids"][: max(ends.values()) + 1], ends
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    special = _special(tokenizer)
+    for index, (start, end) in zip(ids, offsets, strict=True):
+        if index in special and end > start:
+            token = tokenizer.convert_ids_to_tokens(index)
+            raise TaskError(f"The tokenizer reads {text[start:end]!r} as its special token {token}: leave that out.")
+    ends = {end: index for index, (start, end) in enumerate(offsets) if end > start}
+    return ids[: max(ends.values()) + 1], ends
+
+
+@functools.cache
+def _special(tokenizer) -> frozenset[int]:
+    """Return the ids of the tokens that control a model rather than stand for text."""
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(added | set(tokenizer.all_special_ids))
 
 
 def opening(tokenizer) -> list[int]:

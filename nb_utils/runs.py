@@ -21,10 +21,11 @@ import nbformat
 import papermill
 from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
-from papermill.exceptions import PapermillExecutionError
+from papermill.exceptions import PapermillException, PapermillExecutionError
 from traitlets import default
 
-from nb_utils import files
+from nb_utils import files, tables, tasks
+from nb_utils.text import print_anything, verbatim, visible
 
 # Errors of the book's own modules: their message says it all, so the type is not shown.
 OWN_ERRORS = ("TaskError", "ModelError", "SaeError", "TableError", "FileError", "RunError")
@@ -60,15 +61,20 @@ def known_parameters(notebook: str | Path) -> dict[str, object]:
 
     A default that is not a plain Python value comes back as its source text.
 
-    Raises RunError if there is no such notebook.
+    Raises RunError if there is no such notebook, or its parameters are not Python.
     """
     if not Path(notebook).is_file():
         raise RunError(f"There is no notebook {notebook}.")
     try:
-        found = papermill.inspect_notebook(str(notebook))
-    except nbformat.reader.NotJSONError as error:
+        cells = nbformat.read(str(notebook), as_version=4).cells
+        tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", ())]
+        nodes = ast.parse(tagged[0]).body if tagged else []
+    except SyntaxError as error:
+        raise RunError(f"{notebook}: line {error.lineno} of its parameters is not Python.") from error
+    except (ValueError, AttributeError, LookupError, TypeError, nbformat.ValidationError) as error:
         raise RunError(f"{notebook} is not a notebook.") from error
-    return {name: _value(entry["default"]) for name, entry in found.items()}
+    assigned = [node for node in nodes if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)]
+    return {node.targets[0].id: _value(ast.unparse(node.value)) for node in assigned}
 
 
 def execute(
@@ -79,8 +85,8 @@ def execute(
     Until then the copy lies beside `output` under a hidden name: a killed run leaves nothing that looks
     finished, and an older `output` stays. Where another process makes the same `output`, perhaps because what
     started it was killed, we wait for it to end. A failed run keeps its copy as ``<output stem>.failed.ipynb``.
-    The title of a copy names the parameter `task`, if there is one. What papermill reports and the cells
-    print goes to `log`.
+    The title of a copy names its task, and the model and SAEs where they are not the book's. What papermill reports and
+    the cells print goes to `log`.
 
     Raises RunError if a parameter is unknown (papermill alone only warns), a cell fails or the copy can't be written.
     """
@@ -101,20 +107,40 @@ def _execute(notebook, parameters: Mapping[str, object], scratch: Path, failed: 
     try:
         with _logged(log):
             papermill.execute_notebook(
-                str(notebook), str(scratch), parameters=dict(parameters), kernel_name="python3",
-                progress_bar=False, log_output=True, start_timeout=600,  # the parent may be loading a large model
-                kernel_manager_class=KernelManager,
+                _literal(notebook), _literal(scratch), parameters=dict(parameters), kernel_name="python3",
+                language="python", progress_bar=False, log_output=True, kernel_manager_class=KernelManager,
+                start_timeout=600,  # the parent may be loading a large model
             )
         run = nbformat.read(scratch, as_version=4)
         if run.metadata.papermill.get("exception") or not run.metadata.papermill.get("end_time"):
             raise RunError(f"{notebook} stopped before its last cell.")
         if "task" in parameters:  # the pages of all tasks stand in one table of contents
             title, _, rest = run.cells[0].source.partition("\n")
-            run.cells[0].source = f"{title}: {Path(str(parameters['task'])).stem}\n{rest}".rstrip()
+            run.cells[0].source = f"{title}: {_described(parameters)}\n{rest}".rstrip()
             nbformat.write(run, scratch)
-    except (PapermillExecutionError, DeadKernelError, RunError) as error:
+    except (PapermillException, RuntimeError, RunError) as error:  # the second: a kernel that died or never came
+        if not scratch.exists():
+            raise RunError(_sentence(error)) from error
         os.replace(scratch, failed)
         raise RunError(f"{_sentence(error)} (executed copy: {failed})") from error
+
+
+def _literal(path: str | Path) -> str:
+    """Write a path so that papermill, which formats it with the parameters, takes it as it is."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
+def _described(parameters: Mapping[str, object]) -> str:
+    """Say what a run is of, as Markdown: its task, and the model and SAEs if they are not the book's."""
+    task = str(parameters["task"])
+    try:
+        word = tasks.load(task)
+        shown = task if word.name == task else f"{word.title} ({word.name.rpartition('.')[2]})"
+    except tasks.TaskError:  # the notebook knows what to do with it
+        shown = Path(task).stem
+    given = {"model": tables.MODEL, "sae_set": "shipped", **parameters}
+    place = tables.place(str(given["model"]), str(given["sae_set"]))
+    return verbatim(shown if place == tables.MODEL else f"{shown}, {place.replace('+', ' with ')}")
 
 
 def _sentence(error: Exception) -> str:
@@ -127,7 +153,7 @@ def _sentence(error: Exception) -> str:
         own = error.ename.rpartition(".")[2] in OWN_ERRORS
         message = " ".join(str(error.evalue).split())
         return message if own else f"{error.ename}: {message}"
-    return str(error)
+    return " ".join(str(error).split())
 
 
 @contextmanager
@@ -136,8 +162,11 @@ def _logged(log: str | Path | None):
     if log is None:
         yield
         return
-    Path(log).parent.mkdir(parents=True, exist_ok=True)
-    logger, handler = logging.getLogger("papermill"), logging.FileHandler(log, mode="w")
+    try:
+        Path(log).parent.mkdir(parents=True, exist_ok=True)
+        logger, handler = logging.getLogger("papermill"), logging.FileHandler(log, mode="w", encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"The log {files.unwritten(log, error)}") from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     level, propagate, terminal = logger.level, logger.propagate, os.dup(2)
     logger.addHandler(handler)
@@ -185,7 +214,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("-o", "--output", required=True, help="where the executed copy goes")
     parser.add_argument("--log", help="file for what papermill reports and the cells print")
     args = parser.parse_args(argv)
-    label = f"{Path(args.notebook).stem} · {dict(args.parameters).get('task', Path(args.output).stem)}"
+    print_anything()
+    label = visible(f"{Path(args.notebook).stem} · {dict(args.parameters).get('task', Path(args.output).stem)}")
     start = time.monotonic()
     try:
         known = known_parameters(args.notebook)
@@ -195,6 +225,9 @@ def main(argv: list[str] | None = None) -> int:
     except (RunError, OSError) as error:
         print(f"{label}: FAILED: {error}", file=sys.stderr, flush=True)
         return 1
+    except KeyboardInterrupt:
+        print(f"{label}: stopped, and nothing of it is kept", file=sys.stderr, flush=True)
+        return 130
     print(f"{label}: done in {time.monotonic() - start:.0f} s", flush=True)
     return 0
 

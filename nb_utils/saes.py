@@ -1,12 +1,14 @@
 """Sparse autoencoders by name, all seen as the same plain linear algebra on raw activations.
 
-SAELens reads every file. Weights come from safetensors, or from the npz files of Gemma Scope; the few
-releases of SAELens's registry that are pickles go through torch's restricted unpickler, which runs no code.
+SAELens builds every SAE, from a configuration that we have read ourselves: it drops or defaults keys that it does not
+know. Weights come from safetensors, or from the npz files of Gemma Scope; the few releases of SAELens's registry that
+are pickles go through torch's restricted unpickler, which runs no code.
 """
 
 import difflib
 import hashlib
 import json
+import os
 import re
 import warnings
 from dataclasses import dataclass
@@ -15,20 +17,55 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from nb_utils import files
 from nb_utils.models import EMBEDDED, TINY, Model
 
 SHIPPED = Path(__file__).resolve().parents[1] / "saes"
-ARCHITECTURES = ("standard", "jumprelu", "gated", "topk", "batchtopk", "matryoshka_batchtopk")
+OTHER_MODEL = "NB_OTHER_MODEL"
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 HOOK = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
+HUB_CACHE = re.compile(r"models--(?:[^/]+--)?([^/]+)/snapshots/[^/]+/?$")
+
+LINEAR = {"W_enc", "b_enc", "W_dec", "b_dec"}
+TENSORS = {
+    "standard": LINEAR, "jumprelu": LINEAR | {"threshold"}, "gated": LINEAR - {"b_enc"} | {"b_gate", "b_mag", "r_mag"},
+    "topk": LINEAR, "batchtopk": LINEAR | {"topk_threshold"}, "matryoshka_batchtopk": LINEAR | {"topk_threshold"},
+}  # fmt: skip
+ARCHITECTURES = tuple(TENSORS)
+# Normalisations of the input that the weights don't hold, and what can be done.
+FOLD = "needs what the SAE doesn't store: load it with SAELens, call {} with what its trainer kept in {}, save_model it"
+PER_TOKEN = "depends on each token, which no fixed weights do: use an SAE without it"
+NORMALISATIONS = {
+    "expected_average_only_in": FOLD.format("fold_activation_norm_scaling_factor", "activation_scaler.json"),
+    "covariance_whitening": FOLD.format("fold_activation_whitening", "activation_whitening.safetensors"),
+    "layer_norm": PER_TOKEN, "constant_norm_rescale": PER_TOKEN, "constant_scalar_rescale": PER_TOKEN,
+}  # fmt: skip
+# Weights of other formats by file name: what they are, and what of SAELens to make of them.
+SCOPE = "name its release (gemma-scope-…:layer_…), or put its arrays into JumpReLUSAE (apply_b_dec_to_input=False)"
+FOREIGN = {
+    "params.npz": f"params.npz, which is Gemma Scope's format: {SCOPE}",
+    "params.safetensors": f"params.safetensors, which is Gemma Scope 2's format: {SCOPE}",
+    "sae.safetensors": "sae.safetensors, which is EleutherAI's format (sparsify): put its tensors into TopKSAE (its k, "
+    "apply_b_dec_to_input=True, W_enc=encoder.weight.T, b_enc=encoder.bias, W_dec and b_dec)",
+    "ae.pt": "only ae.pt, and pickled weights are not loaded: if it is an AutoEncoder of dictionary_learning, read it "
+    "with torch.load(…, weights_only=True) and put its tensors into StandardSAE (apply_b_dec_to_input=True, "
+    "W_enc=encoder.weight.T, b_enc=encoder.bias, W_dec=decoder.weight.T, b_dec=bias)",
+}
 
 
 class SaeError(ValueError):
-    """A sparse autoencoder that cannot be had or does not fit; the message says what to do."""
+    """A sparse autoencoder that cannot be had or does not fit; the message is one line and says what to do."""
+
+    def __init__(self, message: str):
+        super().__init__("".join(char if char.isprintable() else "?" for char in message))
+
+
+class OtherHookError(SaeError):
+    """An SAE that reads something else than the residual stream."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +124,7 @@ class Sae:
         return codes @ self.W_dec + self.b_dec if bias else codes @ self.W_dec
 
 
-def load(model: Model, sae_set: str | Path, layer: int, allow_other_model: bool = False) -> Sae:
+def load(model: Model, sae_set: str | Path, layer: int, allow_other_model: bool | None = None) -> Sae:
     """Load the SAE of a set that reads the output of block ``layer`` of ``model``.
 
     ``sae_set`` is one of
@@ -96,29 +133,43 @@ def load(model: Model, sae_set: str | Path, layer: int, allow_other_model: bool 
     - a folder in SAELens format (``cfg.json``, ``sae_weights.safetensors``), or a folder of such folders;
     - a release of SAELens's registry, such as ``gemma-scope-2b-pt-res-canonical``, or ``release:sae_id``.
 
-    The layer comes from each SAE's own hook name. Where a set has several SAEs for a layer, the narrowest is
-    taken, of those the one whose published L0 is closest to 50, then the first by name. Raises SaeError, in
-    one sentence, for an unknown set, a layer without SAE, a damaged file, an architecture or hook that we do
-    not handle, and an SAE of another width or another model (``allow_other_model`` waives the last).
+    The layer comes from each SAE's own hook name. Where a release has several SAEs for a layer, the narrowest is
+    taken, of those the one whose published L0 is closest to 50, then the first by name; ``Sae.name`` says which. Where
+    a folder has several (checkpoints, widths), one of them has to be named.
+
+    ``allow_other_model`` takes an SAE that was trained on another model (None: if ``NB_OTHER_MODEL`` is 1). A model is
+    known by its name, wherever its folder lies, and by the hash of its weights where the SAE states that.
+
+    Raises SaeError, in one sentence, for an unknown set, a layer without SAE, a damaged file, an SAE whose function is
+    not ours (see `from_saelens`), and one of another width or another model.
     """
     if _is_random(model, sae_set):
         return random(model, layer)
     catalogue = _catalogue(model, str(sae_set))
-    if layer not in catalogue:
+    named = not os.path.isdir(sae_set) and ":" in str(sae_set)  # one SAE of a release: it says itself what it reads
+    if layer not in catalogue and not named:
         listed = ", ".join(map(str, sorted(catalogue))) or "no layer"
         raise SaeError(f"{str(sae_set)!r} has no residual-stream SAE for layer {layer}, only for {listed}.")
-    source = catalogue[layer]
-    if isinstance(source, Path):
-        sae, name, sha256 = _read_folder(source), source.name, files.sha256(source / WEIGHTS)
-    else:
+    source = str(sae_set) if named else catalogue[layer]
+    if isinstance(source, str):
         sae, name, sha256 = _read_release(source), source, f"hub:{source}"
+    elif len(source) > 1:
+        listed = ", ".join(path.name for path in source[:5]) + ", ..." * (len(source) > 5)
+        raise SaeError(
+            f"{sae_set} has {len(source)} SAEs for layer {layer} ({listed}): name one of them, as {source[-1]}, or a "
+            "folder with one for each layer."
+        )
+    else:
+        sae, name, sha256 = _read_folder(source[0]), source[0].resolve().name, files.sha256(source[0] / WEIGHTS)
     ours = from_saelens(sae, name, str(sae_set), sha256)
     if ours.layer != layer:
         raise SaeError(
             f"{name} reads {ours.hook_name}, the output of block {ours.layer}, not of block {layer}: "
-            "name the SAE that you want as release:sae_id."
+            f"name it so, and ask for layer {ours.layer}."
         )
-    _check_fit(ours, sae.cfg.metadata.model_name, model, allow_other_model)
+    if allow_other_model is None:
+        allow_other_model = os.environ.get(OTHER_MODEL) == "1"
+    _check_fit(ours, sae.cfg.metadata, model, allow_other_model)
     return ours
 
 
@@ -162,21 +213,22 @@ def from_saelens(sae, name: str, sae_set: str, sha256: str) -> Sae:
 
     A gated SAE becomes a JumpReLU one: as both paths share their weights, the gate ``x W + b_gate > 0`` is a
     threshold on the magnitude ``exp(r) x W + b_mag`` (Rajamanoharan et al. 2024, arXiv 2404.16014). BatchTopK
-    counts as SAELens saves it for use, with the threshold that it learned in training. Raises SaeError for
-    other architectures, other hooks, unfolded normalisation and weights that are not finite.
+    counts as SAELens saves it for use, with the threshold that it learned in training. An SAE of a centred stream
+    (``center_writing_weights``, of models with LayerNorm) centres its input here. Raises SaeError for other
+    architectures, other hooks, unfolded normalisation and weights that are not finite.
     """
     cfg, architecture = sae.cfg, sae.cfg.architecture()
     if architecture not in ARCHITECTURES:
         raise SaeError(_unknown_architecture(name, architecture))
     layer = _layer_of_hook(cfg.metadata.hook_name, name)
     if cfg.normalize_activations != "none":
-        raise SaeError(
-            f"{name} normalises its input ({cfg.normalize_activations!r}) by numbers that it doesn't store: "
-            "fold them in with SAELens (fold_activation_norm_scaling_factor) and save the SAE again."
-        )
+        raise SaeError(f"{name} {_normalised(cfg.normalize_activations)}.")
     switches = (cfg.apply_b_dec_to_input, getattr(cfg, "rescale_acts_by_decoder_norm", False))
     if not all(isinstance(switch, bool) for switch in switches):
-        raise SaeError(f"{name} is damaged: a true/false setting in its configuration is {switches!r}.")
+        raise SaeError(
+            f"{name} has {switches!r} for apply_b_dec_to_input and rescale_acts_by_decoder_norm: set them to true or "
+            "false."
+        )
     W_enc, W_dec, b_dec = sae.W_enc.detach().float(), sae.W_dec.detach().float(), sae.b_dec.detach().float()
     b_enc = (sae.b_mag if architecture == "gated" else sae.b_enc).detach().float()
     threshold, k = torch.zeros_like(b_enc), None
@@ -188,7 +240,7 @@ def from_saelens(sae, name: str, sae_set: str, sha256: str) -> Sae:
     elif architecture == "topk":
         k = cfg.k
         if not isinstance(k, int) or not 0 < k <= len(b_enc):
-            raise SaeError(f"{name} is damaged: its k is {k!r}, and it has {len(b_enc)} latents.")
+            raise SaeError(f"{name} is a TopK SAE with a k of {k!r}, and it has {len(b_enc)} latents.")
     elif architecture != "standard":
         threshold = sae.topk_threshold.float().expand_as(b_enc)
     if switches[1]:  # codes are in units of the decoder norm: fold it in, so that rows have norm 1
@@ -196,6 +248,9 @@ def from_saelens(sae, name: str, sae_set: str, sha256: str) -> Sae:
         W_enc, b_enc, W_dec = W_enc * norms, b_enc * norms, W_dec / norms[:, None]
     if switches[0]:  # the bias taken off the input; a threshold is on the result, so it stays
         b_enc = b_enc - b_dec @ W_enc
+    model_settings = cfg.metadata.model_from_pretrained_kwargs
+    if isinstance(model_settings, dict) and model_settings.get("center_writing_weights"):
+        W_enc = W_enc - W_enc.mean(0)
     tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec, "threshold": threshold}
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise SaeError(f"{name} is damaged: it holds weights that are not finite numbers; fetch it again.")
@@ -210,10 +265,10 @@ def _is_random(model: Model, sae_set: str | Path) -> bool:
     return str(sae_set) == "random" or (str(sae_set) == "shipped" and model.name == TINY)
 
 
-def _catalogue(model: Model, sae_set: str) -> dict[int, Path | str]:
-    """Return {layer: SAELens folder, or "release:sae_id"} of a set."""
+def _catalogue(model: Model, sae_set: str) -> dict[int, list[Path] | str]:
+    """Return {layer: SAELens folders, or "release:sae_id"} of a set."""
     if sae_set == "shipped":
-        folder = SHIPPED / model.name.rstrip("/").rsplit("/", 1)[-1]
+        folder = SHIPPED / _last(_place(model.name))
         if not folder.is_dir():
             shipped = ", ".join(sorted(path.name for path in SHIPPED.glob("[!.]*/"))) or "no model yet"
             raise SaeError(
@@ -221,9 +276,9 @@ def _catalogue(model: Model, sae_set: str) -> dict[int, Path | str]:
                 "`python -m workflow.train_saes`, or name a folder or a release of SAELens's registry."
             )
         return _folder_layers(folder)
-    if Path(sae_set).is_dir():
+    if os.path.isdir(sae_set):  # of a Path, a name too long for one is an OSError
         return _folder_layers(Path(sae_set))
-    if Path(sae_set).is_file():
+    if os.path.isfile(sae_set):
         raise SaeError(f"{sae_set} is a file: name the folder that holds {CONFIG} and {WEIGHTS}.")
     release, _, sae_id = sae_set.partition(":")
     registry = _registry()
@@ -271,44 +326,67 @@ def _layer_of_id(sae_id: str) -> int | None:
 
 def _read_release(source: str):
     from sae_lens import SAE
+    from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_LOADERS, get_conversion_loader_name
 
     release, _, sae_id = source.partition(":")
+    loader = NAMED_PRETRAINED_SAE_LOADERS[get_conversion_loader_name(release)]
+
+    def vetted(**where):
+        config, tensors, sparsity = loader(**where)
+        return *_vetted(source, config, tensors), sparsity
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice on loading the model, which SAELens does not do here
-            return SAE.from_pretrained(release, sae_id)
+            return SAE.from_pretrained(release, sae_id, converter=vetted)
+    except SaeError:
+        raise
     except Exception as error:  # hub, network, cache and file formats each have their own family of errors
         raise SaeError(
             f"{source} could not be loaded ({_reason(error)}): check your connection to the hub and that "
-            "you accepted the SAE's terms there, or use the set 'shipped'."
+            "you accepted the SAE's terms there."
         ) from error
 
 
-def _folder_layers(root: Path) -> dict[int, Path]:
-    """Return {layer: SAELens folder} of a folder with one SAE or with many (other hooks are left out)."""
+def _folder_layers(root: Path) -> dict[int, list[Path]]:
+    """Return {layer: SAELens folders} of a folder with one SAE or with many (other hooks are left out)."""
     if (root / CONFIG).exists():
-        return {_layer_of_hook(_hook_name(_config(root)), root): root}
-    ranked = {}
+        config = _config(root)
+        if not (root / WEIGHTS).is_file():
+            raise SaeError(_weightless(root))
+        return {_layer_of_hook(_hook_name(config), root): [root]}
+    found: dict[int, list[Path]] = {}
     for folder in sorted(path.parent for path in root.glob(f"[!.]*/{CONFIG}")):
-        config = _config(folder)
         try:
-            layer = _layer_of_hook(_hook_name(config), folder)
-        except SaeError:
+            layer = _layer_of_hook(_hook_name(_config(folder)), folder)
+        except OtherHookError:
             continue
-        width = config.get("d_sae")
-        rank = (width if isinstance(width, int) else 0, folder.name, folder)
-        ranked[layer] = min(rank, ranked.get(layer, rank))
-    if not ranked:
+        found.setdefault(layer, []).append(folder)
+    if not found:
+        inside = [root, *sorted(path for path in root.glob("[!.]*") if path.is_dir())]
+        foreign = [folder for folder in inside if any((folder / name).is_file() for name in FOREIGN)]
+        if foreign:
+            raise SaeError(_weightless(foreign[0]))
         raise SaeError(
             f"{root} holds no SAE on the residual stream: it should hold {CONFIG} and {WEIGHTS}, or "
             "folders with these."
         )
-    return {layer: rank[-1] for layer, rank in ranked.items()}
+    return found
+
+
+def _weightless(folder: Path) -> str:
+    """Say what a folder holds in place of `WEIGHTS`."""
+    inside = sorted(path.name for path in folder.iterdir())
+    if known := [FOREIGN[name] for name in FOREIGN if name in inside]:
+        return f"{folder} holds {known[0]}, of SAELens, with model_name and hook_name as metadata, and save_model it."
+    pickles = [name for name in inside if name.endswith(PICKLES)]
+    said = f"only {pickles[0]}, and pickled weights are not loaded" if pickles else "no weights"
+    return f"{folder} holds {said}: save the SAE as {WEIGHTS}."
 
 
 def _config(folder: Path) -> dict:
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise SaeError(f"{folder / CONFIG} is not JSON ({_reason(error)}): fetch the SAE again.") from error
     if not isinstance(config, dict) or not isinstance(config.get("metadata", {}), dict):
@@ -326,7 +404,7 @@ def _layer_of_hook(hook: object, where: object) -> int:
     match = HOOK.fullmatch(hook) if isinstance(hook, str) else None
     layer = int(match[1]) - (match[2] == "pre") if match else -1
     if layer < 0:
-        raise SaeError(
+        raise OtherHookError(
             f"{where} reads {hook!r}: only SAEs on blocks.L.hook_resid_post work here, or on "
             "hook_resid_pre of block 1 and up."
         )
@@ -335,31 +413,110 @@ def _layer_of_hook(hook: object, where: object) -> int:
 
 def _read_folder(folder: Path):
     """Read one SAELens folder; whatever is wrong with its files is a SaeError."""
-    config, weights = _config(folder), folder / WEIGHTS
-    if not weights.is_file():
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-        said = f"only {pickles[0]}, and pickled weights are not loaded" if pickles else "no weights"
-        raise SaeError(f"{folder} holds {said}: save the SAE as {WEIGHTS}.")
-    architecture = config.get("architecture") or "standard"
-    if architecture not in ARCHITECTURES:
-        raise SaeError(_unknown_architecture(folder, architecture))
+    from sae_lens import SAE, TrainingSAE
+
     try:
         files.check(folder)
     except files.FileError as error:
         advice = f"fetch or train the SAE again, or delete its {files.MANIFEST} if you changed it yourself"
         raise SaeError(f"{error}: {advice}.") from error
-    from sae_lens import SAE, TrainingSAE
-
-    reader = TrainingSAE if architecture.endswith("batchtopk") else SAE  # BatchTopK exists in training only
+    config = _config(folder)
+    if not (folder / WEIGHTS).is_file():
+        raise SaeError(_weightless(folder))
+    try:
+        tensors = {name: tensor.float() for name, tensor in load_tensors((folder / WEIGHTS).read_bytes()).items()}
+    except Exception as error:  # a damaged file can fail anywhere inside the reader, with any type
+        raise SaeError(f"{folder / WEIGHTS} is damaged ({_reason(error)}): fetch it again.") from error
+    config, tensors = _vetted(folder, config, tensors)
+    reader = TrainingSAE if config["architecture"].endswith("batchtopk") else SAE  # BatchTopK exists in training only
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return reader.load_from_disk(folder, dtype="float32")
-    except Exception as error:  # a damaged file can fail anywhere inside the readers, with any type
-        raise SaeError(f"{folder} is damaged ({_reason(error)}): fetch it again.") from error
+            return reader.load_from_disk(folder, converter=lambda *_, **__: (config, tensors))
+    except Exception as error:  # as many types as there are keys
+        raise SaeError(
+            f"{folder}: SAELens can't make the SAE that {CONFIG} describes of these weights ({_reason(error)}): take "
+            "both files from one SAE."
+        ) from error
 
 
-def _check_fit(sae: Sae, trained_on: object, model: Model, allow_other_model: bool) -> None:
+def _vetted(where: object, config: dict, tensors: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+    """Return a configuration and weights that SAELens takes for what they are, on the CPU in float32.
+
+    It drops or defaults every key that its class for an architecture lacks. Those that change the function are honoured
+    here, or a SaeError names them.
+    """
+    config, tensors = {**config, "device": "cpu", "dtype": "float32"}, dict(tensors)
+    if "metadata" in config:  # since version 6; without a version, SAELens takes a file for an older one
+        config["metadata"] = {"sae_lens_version": "6.0.0", **config["metadata"]}
+    elif config.get("architecture") in (None, "standard"):
+        config["architecture"] = "topk" if "topk" in _activations(config) else "standard"
+    if config.get("architecture") not in ARCHITECTURES:
+        raise SaeError(_unknown_architecture(where, config.get("architecture")))
+    if config.get("normalize_activations") in (None, False, True):
+        config["normalize_activations"] = "expected_average_only_in" if config.get("normalize_activations") else "none"
+    if config["architecture"] == "topk" and isinstance(given := config.get("activation_fn_kwargs") or {}, dict):
+        config["k"] = config.get("k", given.get("k"))
+        config["activation_fn_kwargs"] = {"k": config["k"], **given}
+    if config["architecture"] == "jumprelu" and "log_threshold" in tensors:
+        tensors["threshold"] = tensors.pop("log_threshold").exp()
+    if "scaling_factor" in tensors and (tensors["scaling_factor"] == 1).all():  # was saved for a while, without use
+        del tensors["scaling_factor"]
+        config["finetuning_scaling_factor"] = False
+    if objection := _objection(config, config["architecture"], set(tensors)):
+        raise SaeError(f"{where} {objection}.")
+    return config, tensors
+
+
+def _activations(config: dict) -> set[str]:
+    stated = (config.get("activation_fn"), config.get("activation_fn_str"))
+    return {str(value).lower() for value in stated if value is not None}
+
+
+def _objection(config: dict, architecture: str, tensors: set[str]) -> str | None:
+    """Say what an SAE computes or holds that we don't; None where all is ours."""
+    metadata, k = config.get("metadata", config), config.get("k")
+    known = {"topk": {"topk"}, "jumprelu": {"relu", "jumprelu"}}.get(architecture, {"relu"})
+    if others := _activations(config) - known:
+        return (
+            f"has the activation {min(others)!r} in a {architecture!r} SAE: those that work are ReLU (standard, gated, "
+            "jumprelu) and TopK with its k (topk)"
+        )
+    if architecture == "topk":
+        given = config.get("activation_fn_kwargs")
+        if type(k) is not int or k < 1:
+            return f"is a TopK SAE whose k is {k!r}: add the k that it was trained with to {CONFIG}"
+        if not isinstance(given, dict) or given["k"] != k or any(given[key] for key in given if key != "k"):
+            return f"is a TopK SAE with settings beside its k of {k} that we don't know, {given!r}: use another SAE"
+    if architecture == "standard" and k is not None:
+        return f"has a k of {k!r} and is no TopK SAE: if it is one, add \"architecture\": \"topk\" to {CONFIG}"
+    rescaled = config.get("rescale_acts_by_decoder_norm")
+    if rescaled and not architecture.endswith("topk"):
+        return f"has codes in units of the decoder norm, which SAELens reads in no {architecture!r} SAE: take another"
+    if rescaled is None and architecture.endswith("batchtopk"):
+        return (
+            "doesn't say whether its codes are in units of the decoder norm: add "
+            f"\"rescale_acts_by_decoder_norm\": true or false to {CONFIG}, as it was trained"
+        )
+    if (how := config["normalize_activations"]) not in ("none", "expected_average_only_in"):  # a release has its factor
+        return _normalised(how)
+    if config.get("reshape_activations") not in (None, "none") or metadata.get("hook_head_index") is not None:
+        return "reads single attention heads: only SAEs on the whole residual stream work here"
+    if metadata.get("hook_name_out") not in (None, _hook_name(config)):
+        return f"is a transcoder to {metadata['hook_name_out']!r}: only SAEs on the residual stream work here"
+    if config.get("finetuning_scaling_factor") or tensors & {"scaling_factor", "finetuning_scaling_factor"}:
+        return (
+            "multiplies its codes by finetuning factors to decode them: multiply the rows of W_dec by these, leave out "
+            f"their tensor, and set finetuning_scaling_factor to false in {CONFIG}"
+        )
+    if missing := TENSORS[architecture] - tensors:
+        return f"is a {architecture!r} SAE without {', '.join(sorted(missing))}: take {CONFIG} and weights from one SAE"
+    if more := tensors - TENSORS[architecture]:
+        return f"has weights that a {architecture!r} SAE doesn't use ({', '.join(sorted(more)[:5])}): use another SAE"
+    return None
+
+
+def _check_fit(sae: Sae, metadata, model: Model, allow_other_model: bool) -> None:
     if sae.d_in != model.d_model:
         raise SaeError(
             f"{sae.name} reads vectors of width {sae.d_in}, but {model.name!r} has width {model.d_model}: "
@@ -367,11 +524,13 @@ def _check_fit(sae: Sae, trained_on: object, model: Model, allow_other_model: bo
         )
     if sae.layer >= getattr(model, "n_layers", sae.layer + 1):
         raise SaeError(f"{sae.name} reads block {sae.layer}, but {model.name!r} has {model.n_layers} blocks.")
-    ours = EMBEDDED[model.name].hub_name if model.name in EMBEDDED else model.name
-    if trained_on is not None and not allow_other_model and _plain(str(trained_on)) != _plain(ours):
+    trained_on = str(metadata.model_name or "").strip()
+    ours = EMBEDDED[model.name].hub_name if model.name in EMBEDDED else _place(model.name)
+    same = metadata.model_sha256 is not None and metadata.model_sha256 == getattr(model, "sha256", None)
+    if trained_on and not (allow_other_model or same or _plain(trained_on) == _plain(ours)):
         raise SaeError(
             f"{sae.name} was trained on {trained_on}, not on {model.name!r}: use an SAE of this model, "
-            "or pass allow_other_model=True if you mean it."
+            f"or set {OTHER_MODEL}=1 if you mean it (in Python: allow_other_model=True)."
         )
 
 
@@ -383,7 +542,17 @@ def _plain(model_name: str) -> str:
         model_name = get_official_model_name(model_name)
     except ValueError:
         pass  # unknown to TransformerLens: the last part of the name has to do
-    return model_name.rstrip("/").rsplit("/", 1)[-1].lower().removesuffix("-pt")
+    return _last(model_name).lower().removesuffix("-pt").removeprefix("meta-")
+
+
+def _place(model_name: str) -> str:
+    return str(Path(model_name).resolve()) if os.path.isdir(model_name) else model_name
+
+
+def _last(model_name: str) -> str:
+    """Return the last part of a hub name, or what a model's folder is called, in the hub's cache too."""
+    cached = HUB_CACHE.search(model_name)
+    return cached[1] if cached else model_name.rstrip("/").rsplit("/", 1)[-1]
 
 
 @torch.no_grad()
@@ -395,7 +564,13 @@ def _residual(model: Model, text: str, layer: int) -> Float[Tensor, "tokens d_mo
     return kept[0][0, 1:].float().cpu()
 
 
+def _normalised(how: object) -> str:
+    return f"normalises its input ({how!r}), which {NORMALISATIONS.get(str(how), 'is unknown here: use another SAE')}"
+
+
 def _unknown_architecture(where: object, architecture: object) -> str:
+    if architecture is None:
+        return f"{where} names no architecture: add it to {CONFIG}, one of {', '.join(ARCHITECTURES)}."
     return f"{where} is a {architecture!r} SAE: the architectures that work are {', '.join(ARCHITECTURES)}."
 
 

@@ -18,13 +18,13 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("nb_utils", "workflow", "benchmarks")
-AFTER_MEASURING = ("nb_utils.files", "nb_utils.plots", "nb_utils.tables")
+AFTER_MEASURING = ("nb_utils.files", "nb_utils.plots", "nb_utils.tables", "nb_utils.text")
 LOOSE = "(statements)"
 # Tables that no experiment makes, and what does.
 SCRIPTS = {
-    "benchmarks": "benchmarks/measure.py", "explore_cleaning": "workflow/explore_grid.py",
-    "explore_steering": "workflow/explore_grid.py", "explore_tokens": "workflow/explore_grid.py",
-    "features": "workflow/collect_evidence.py", "saes": "workflow/measure_saes.py",
+    "benchmarks": "benchmarks/measure.py", "choices": "workflow/choices.py", "features": "workflow/collect_evidence.py",
+    "explore_cleaning": "workflow/explore_grid.py", "explore_steering": "workflow/explore_grid.py",
+    "explore_tokens": "workflow/explore_grid.py", "saes": "workflow/measure_saes.py",
 }  # fmt: skip
 
 

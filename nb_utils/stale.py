@@ -1,8 +1,9 @@
 """Stale tables: those that today's code, parameters, data, model, SAEs or packages would not give.
 
-    python -m nb_utils.stale
+    python -m nb_utils.stale results/tables results/runs/tables
 
-It names them in groups and exits with 1 if there are any. A table that is not stale need not be made again.
+It names them in groups and exits with 1 if there are any. A table that is not stale need not be made again. The
+parameters are those of the settings that write into the folder: the report's, or the quick ones of the book.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ import yaml
 
 from nb_utils import runs, sources, tables
 from nb_utils.tables import ROOT, TableError
+from nb_utils.text import print_anything
 
-SETTINGS, MODELS = ROOT / "workflow/report.yaml", ROOT / "workflow/models.yaml"
-# Parameters that say where to store, or that a table holds by what they led to on its machine.
-NOT_COMPARED = ("tables_dir", "half")
+SETTINGS, MODELS = [ROOT / "workflow/report.yaml", ROOT / "workflow/book.yaml"], ROOT / "workflow/models.yaml"
+# Parameters that say what a table is of or where it is stored, or that it holds by what they led to on its machine.
+NOT_COMPARED = ("task", "model", "sae_set", "tables_dir", "half")
 
 
 def reasons(path: Path, folder: Path) -> list[str]:
@@ -41,8 +43,8 @@ def reasons(path: Path, folder: Path) -> list[str]:
         found.append("nothing makes such tables any more")
     elif origin.get("code") != _code(maker):
         found.append("other code")
-    found += _parameters(maker, model, origin)
-    found += _weights(origin, model)
+    found += _parameters(maker, origin, folder)
+    found += _weights(origin)
     for name, today in tables.data_sha256(origin.get("parameters", {})).items():
         if origin.get("data_sha256", {}).get(name, today) != today:
             found.append(f"other data in {name}")
@@ -64,24 +66,36 @@ def _group(path: Path, folder: Path) -> str:
     return name if model == tables.MODEL else f"{name} of {model}"
 
 
-def _parameters(maker: Path | None, model: str, origin: Mapping) -> Iterator[str]:
-    """Compare what a table records with the defaults of its notebook and the settings of the report."""
+def _parameters(maker: Path | None, origin: Mapping, folder: Path) -> Iterator[str]:
+    """Compare what a table records with the defaults of its notebook and the settings that write into its folder."""
     if maker is None or maker.suffix != ".ipynb":
         return
-    today = _defaults(maker, model)
+    today = _defaults(maker, _model_of(origin), _settings(folder))
     for name, then in origin.get("parameters", {}).items():
         if name in today and not _same(then, today[name]):
             yield f"{name} was {_shown(then)}, is {_shown(today[name])}"
 
 
+def _model_of(origin: Mapping) -> str:
+    return origin.get("parameters", {}).get("model", tables.MODEL)
+
+
+def _settings(folder: Path) -> Path:
+    """Return the settings whose tables lie in a folder: those of the report, unless others name it."""
+    for path in SETTINGS:
+        if (ROOT / yaml.safe_load(path.read_text(encoding="utf-8"))["tables_dir"]).resolve() == folder.resolve():
+            return path
+    return SETTINGS[0]
+
+
 @cache
-def _defaults(maker: Path, model: str) -> dict[str, object]:
-    """Return the parameters that `make report` gives a notebook for a model (as its folder is called)."""
-    settings, models = (yaml.safe_load(path.read_text()) for path in (SETTINGS, MODELS))
-    own = models["models"].get(model.replace("--", "/"), {})
-    given = runs.known_parameters(maker) | {"sae_set": settings["sae_set"]} | settings["parameters"].get(maker.stem, {})
+def _defaults(maker: Path, model: str, settings: Path = SETTINGS[0]) -> dict[str, object]:
+    """Return the parameters that the workflow gives a notebook for a model with these settings."""
+    sizes, models = (yaml.safe_load(path.read_text(encoding="utf-8")) for path in (settings, MODELS))
+    own = models["models"].get(model, {})
+    given = runs.known_parameters(maker) | sizes["parameters"].get(maker.stem, {})
     given |= own.get("every", {}) | own.get(maker.stem, {})
-    return {name: value for name, value in given.items() if name not in ("task", "model", *NOT_COMPARED)}
+    return {name: value for name, value in given.items() if name not in NOT_COMPARED}
 
 
 def _same(then: object, today: object) -> bool:
@@ -112,12 +126,13 @@ def _shown(value: object) -> str:
     return ",".join(f"{part:g}" if isinstance(part, float) else str(part) for part in _parts(value))
 
 
-def _weights(origin: Mapping, model: str) -> Iterator[str]:
+def _weights(origin: Mapping) -> Iterator[str]:
     """Compare the hashes of the model and of the shipped SAEs with those of the files that are here."""
+    model = _model_of(origin)
     today = _model(model)
     if today and origin.get("model_sha256") != today:
         yield "other weights of the model"
-    if not _shipped(origin, model):
+    if not _shipped(origin):
         return  # `_trainings`
     for layer, then in origin.get("sae_sha256", {}).items():
         file = ROOT / "saes" / model / f"blocks.{layer}.hook_resid_post/sae_weights.safetensors"
@@ -129,9 +144,9 @@ def _sae_set(origin: Mapping) -> str:
     return origin.get("parameters", {}).get("sae_set", "shipped")
 
 
-def _shipped(origin: Mapping, model: str) -> bool:
+def _shipped(origin: Mapping) -> bool:
     """Say whether a table read SAEs that are here."""
-    return _sae_set(origin) == "shipped" and (ROOT / "saes" / model).is_dir()
+    return _sae_set(origin) == "shipped" and (ROOT / "saes" / _model_of(origin)).is_dir()
 
 
 def _trainings(paths: Iterable[Path], folder: Path) -> dict[Path, list[str]]:
@@ -146,7 +161,7 @@ def _trainings(paths: Iterable[Path], folder: Path) -> dict[Path, list[str]]:
             origin = tables.read_provenance(path)
         except TableError:
             continue  # `reasons` names it
-        if _shipped(origin, model):
+        if _shipped(origin):
             continue
         for layer, sha256 in origin.get("sae_sha256", {}).items():
             read.setdefault((model, _sae_set(origin), layer), {}).setdefault(sha256, []).append(path)
@@ -196,7 +211,9 @@ def report(folder: Path) -> tuple[list[str], bool]:
     for reason, groups in found.items():
         said = [f"{group} ({_listed(names, total[group])})" for group, names in groups.items()]
         lines += textwrap.wrap(f"{reason}: {'; '.join(said)}", 120, subsequent_indent="  ", break_on_hyphens=False)
-    lines.append(f"{len(stale) or 'None'} of {len(everything)} tables {'is' if len(stale) < 2 else 'are'} stale.")
+    where = f" in {folder.relative_to(ROOT)}" if folder.is_relative_to(ROOT) else ""
+    many = "is" if len(stale) < 2 else "are"
+    lines.append(f"{len(stale) or 'None'} of {len(everything)} tables{where} {many} stale.")
     return lines, bool(stale)
 
 
@@ -210,14 +227,18 @@ def _listed(names: list[str], total: int, most: int = 5) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line: 0 if there are no stale tables, 1 if there are some, 2 if that cannot be found out."""
     parser = argparse.ArgumentParser(prog="python -m nb_utils.stale", description="Name the tables to make again.")
-    parser.add_argument("folder", nargs="?", default=tables.FOLDER, help="where the tables are")
-    try:
-        lines, found = report(ROOT / parser.parse_args(argv).folder)
-    except ValueError as error:  # of our own: a damaged model or input
-        print(error, file=sys.stderr)
-        return 2
-    print(*lines, sep="\n")
-    return int(found)
+    parser.add_argument("folders", nargs="*", default=[tables.FOLDER], help="where the tables are")
+    print_anything()
+    any_stale = False
+    for folder in parser.parse_args(argv).folders:
+        try:
+            lines, found = report(ROOT / folder)
+        except ValueError as error:  # of our own: a damaged model or input
+            print(error, file=sys.stderr)
+            return 2
+        print(*lines, sep="\n")
+        any_stale |= found
+    return int(any_stale)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Tables of results: one tidy parquet file a task, with its provenance inside.
 
-results/tables/<experiment>/<model>/<task>.parquet
+results/tables/<experiment>/<model>/<task>.parquet; with SAEs other than the shipped ones, <model>+<SAEs>/
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import metadata
@@ -20,10 +21,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nb_utils import files, sources, tasks
+from nb_utils.text import slug
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = "results/tables"
 MODEL = "gemma-3-270m"
+NAMED = (MODEL, "smollm2-135m-instruct", "tiny", "random")  # models and SAEs that are taken before a folder so called
 PACKAGES = ("numpy", "sae-lens", "torch", "transformer-lens", "transformers")
 # What the provenance of a table holds.
 PARTS = ("code", "data_sha256", "inputs", "model_sha256", "parameters", "sae_sha256", "versions")
@@ -93,15 +96,34 @@ def data_sha256(parameters: Mapping[str, object]) -> dict[str, str]:
     return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in sorted(found.items())}
 
 
+def place(model: str = MODEL, sae_set: str = "shipped") -> str:
+    """Name the folder of a model and the SAEs that are read with it.
+
+    Models and releases of SAEs go by their name, folders of a user by name and content: what holds something else is
+    another folder.
+    """
+    own = _name(model)
+    return own if sae_set == "shipped" else f"{own}+{_name(sae_set)}"
+
+
+def _name(given: str) -> str:
+    if given not in NAMED and Path(given).is_dir():
+        return slug(Path(given).resolve().name, files.content(given))
+    if re.fullmatch(r"[\w.+-]+(/[\w.+-]+)?", given, re.ASCII) and len(given) < 100 and not given.startswith("."):
+        return given.replace("/", "--")  # a name of a hub has a slash, a folder must not
+    return slug(given, given.encode("utf-8", "surrogatepass"))
+
+
 def fingerprint(
-    stem: str, model: str = MODEL, folder: str | Path | None = None, task: str | None = None
-) -> str:
+    stem: str, model: str = MODEL, folder: str | Path | None = None, task: str | None = None,
+    sae_set: str = "shipped",
+) -> str:  # fmt: skip
     """Hash the rows of an experiment's tables, of one task or of all; provenance and storage don't count.
 
     Raises TableError if one is damaged.
     """
     digest = hashlib.sha256()
-    for path in _paths(_place(stem, model, folder)):
+    for path in _paths(_place(stem, model, folder, sae_set)):
         if task in (None, path.stem):
             digest.update(json.dumps([path.stem, _checked(path, pq.read_table).to_pydict()]).encode())
     return digest.hexdigest()
@@ -116,11 +138,13 @@ def save(
     The provenance gains ``code``, the hash of what makes tables of this stem (see `nb_utils.sources`). A full disk or a
     kill leaves an older table intact. The file carries its own hash, which `load` checks. Columns of `DTYPES` get these
     types; ``losses`` becomes a list of float32 a row, those of `RECORDS` lists of records.
-    ``folder``: a relative one is below the project root (None: that of NB_TABLES, or results/tables).
+    ``folder``: a relative one is below the project root (None: that of NB_TABLES, or results/tables). The parameter
+    ``sae_set`` of the provenance says which SAEs were read.
 
     Raises TableError if the table cannot be written.
     """
-    path = _place(stem, model, folder) / f"{name}.parquet"
+    sae_set = provenance.get("parameters", {}).get("sae_set", "shipped")
+    path = _place(stem, model, folder, sae_set) / f"{name}.parquet"
     if maker := sources.maker(stem):
         provenance = {**provenance, "code": sources.code(maker)}
     frame = frame.astype({column: kind for column, kind in DTYPES.items() if column in frame})
@@ -148,7 +172,7 @@ def save(
 
 def load(
     stem: str, model: str = MODEL, folder: str | Path | None = None, columns: Sequence[str] | None = None,
-    filters: Sequence[tuple] | None = None,
+    filters: Sequence[tuple] | None = None, sae_set: str = "shipped",
 ) -> pd.DataFrame:  # fmt: skip
     """Read all tasks of an experiment into one frame, in the order of their names.
 
@@ -156,19 +180,39 @@ def load(
 
     Raises TableError, saying what to run, if there are none or one is damaged.
     """
-    place = _place(stem, model, folder)
-    if not (paths := _paths(place)):
+    here = _place(stem, model, folder, sae_set)
+    if not (paths := _paths(here)):
         raise TableError(
-            f"There are no tables of {stem} for {model} in {place.parent}: `make book` measures three tasks, "
+            f"There are no tables of {stem} for {here.name} in {here.parent}: `make book` measures three tasks, "
             "`make report` all of them."
         )
     frames = [_read(path, columns, filters) for path in paths]
     return pd.concat(frames, ignore_index=True)
 
 
-def names(stem: str, model: str = MODEL, folder: str | Path | None = None) -> list[str]:
+def check_saes(
+    stem: str, saes: Mapping[int, str], model: str = MODEL, folder: str | Path | None = None,
+    sae_set: str = "shipped", task: str | None = None,
+) -> None:  # fmt: skip
+    """Make sure that latents which tables name by number are those of the SAEs that are loaded.
+
+    ``saes``: {layer: hash of the SAE's weights}. ``task``: check its table alone. Raises TableError, naming the table.
+    """
+    for path in _paths(_place(stem, model, folder, sae_set)):
+        if task in (None, path.stem):
+            then = read_provenance(path).get("sae_sha256", {})
+            if other := [layer for layer, sha256 in saes.items() if then.get(str(layer), sha256) != sha256]:
+                raise TableError(
+                    f"{path} names latents of another SAE after block {other[0]} than the one that is loaded: run "
+                    f"{stem.partition('_')[0]} again for its task with these SAEs, or load those it was made with."
+                )
+
+
+def names(
+    stem: str, model: str = MODEL, folder: str | Path | None = None, sae_set: str = "shipped"
+) -> list[str]:
     """List the tasks that have a table of this experiment, in alphabetical order."""
-    return [path.stem for path in _paths(_place(stem, model, folder))]
+    return [path.stem for path in _paths(_place(stem, model, folder, sae_set))]
 
 
 def origins(stem: str, model: str = MODEL, folder: str | Path | None = None) -> list[dict[str, object]]:
@@ -188,10 +232,10 @@ def read_provenance(path: str | Path) -> dict[str, object]:
     return json.loads(found)
 
 
-def _place(stem: str, model: str, folder: str | Path | None) -> Path:
+def _place(stem: str, model: str, folder: str | Path | None, sae_set: str = "shipped") -> Path:
     if folder is None:
         folder = os.environ.get("NB_TABLES") or FOLDER
-    return ROOT / folder / stem / model.replace("/", "--")  # a hub name has a slash, a folder must not
+    return ROOT / folder / stem / place(model, sae_set)
 
 
 def _paths(place: Path) -> list[Path]:

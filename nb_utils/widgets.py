@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 from collections.abc import Mapping
 from functools import cached_property, lru_cache
@@ -18,9 +19,11 @@ import anywidget
 import numpy as np
 import pandas as pd
 import traitlets
+from IPython.display import HTML, display
 
 from nb_utils import tables, tasks
 from nb_utils.metrics import rows
+from nb_utils.text import verbatim
 
 FRONT = Path(__file__).with_name("front")
 N_TEST = 16  # prompts that a mean loss is taken over
@@ -28,6 +31,10 @@ N_EXAMPLES = 3  # of them can be looked at one by one
 N_TOKENS = 4  # of a continuation
 WHOLE = -1  # stands for the pruned vector, all its features together; smaller numbers for random directions
 KEPT, PENALTY = 10, 1.0  # points of the pruning and cleaning paths whose features are offered
+ABSENT = (
+    "<p>A control stands here. JavaScript draws it, and in a saved notebook it is gone with its kernel: "
+    "choose Run &gt; Run All Cells to have it back.</p>"
+)
 LIVE_SCALES = tuple(round(-1 + 0.05 * i, 2) for i in range(51))  # of the mean residual norm
 
 
@@ -60,7 +67,7 @@ class Backend:
 
     def layer(self, layer: object) -> int:
         """Return a layer that has an SAE; raises WidgetError for any other."""
-        if not isinstance(layer, int) or layer not in self.layers:
+        if type(layer) is not int or layer not in self.layers:
             raise WidgetError(f"There is no SAE after block {layer}: choose one of {', '.join(map(str, self.layers))}.")
         return layer
 
@@ -95,8 +102,10 @@ class Backend:
     def steering_vector(self, task: str, layer: int, latent: int, scale: float):
         """Return a direction [1, d_model], ``scale`` times the mean residual norm at the task's separators long."""
         self.layer(layer)
-        if not isinstance(latent, int):
+        if type(latent) is not int:  # true is an int too
             raise WidgetError("Choose a feature, or type the number of a latent.")
+        if type(scale) not in (int, float) or not math.isfinite(scale):
+            raise WidgetError("The scale is a finite number: type one, such as 0.5.")
         norm = self.test(task).at(layer).norm(dim=1).mean()
         return (float(scale) * norm * self.direction(task, layer, latent))[None]
 
@@ -128,11 +137,22 @@ class _Live(anywidget.AnyWidget):
 
     _css = (FRONT / "widgets.css").read_text()
     data = traitlets.Unicode("{}").tag(sync=True)
+    mark = traitlets.Unicode().tag(sync=True)  # by which the browser side finds the words that it takes the place of
 
     def __init__(self, data: object, backend: Backend | None):
         super().__init__(data=_json(data))
+        self.mark = self.model_id
         self.backend = backend
         self.on_msg(lambda _, content, buffers: self._receive(content))
+
+    def words(self) -> str:
+        """Say as HTML what the control shows first."""
+        return ""
+
+    def _ipython_display_(self) -> None:
+        """Show words, then the control, which hides them: where it cannot be drawn they stay."""
+        display(HTML(f'<div data-words="{self.mark}">{ABSENT}{self.words()}</div>'))
+        display(self._repr_mimebundle_()[0], raw=True)
 
     def answer(self, question: Mapping) -> dict:
         """Answer a question of the browser side; raises a ValueError whose message is shown as it is."""
@@ -166,6 +186,10 @@ def _sentence(error: Exception) -> str:
     return f"This could not be computed ({type(error).__name__}: {str(error)[:200]}); change it and try again."
 
 
+def _listed(head: str, said: list[str]) -> str:
+    return f"<p>{head}</p><ul>{''.join(f'<li>{each}</li>' for each in said)}</ul>" if said else ""
+
+
 def _front(name: str) -> str:
     return (FRONT / "dom.js").read_text() + (FRONT / name).read_text()
 
@@ -183,6 +207,19 @@ class Steering(_Live):
     """The steering control: what one feature, at one scale, does to the next token."""
 
     _esm = _front("steering.js")
+
+    def words(self) -> str:
+        data = json.loads(self.data)
+        titles = {task["name"]: task["title"] for task in data["tasks"]}
+        said = []
+        for task, zero in data["zero"].items():
+            own = {key: cell for key, cell in data["cells"].items() if key.startswith(f"{task}|")}
+            loss, scale, key = min((*min(zip(c["loss"], c["scales"], strict=True)), key) for key, c in own.items())
+            _, layer, latent = key.split("|")
+            what = "the pruned vector" if int(latent) == WHOLE else f"feature {latent}"
+            said.append(f"{verbatim(titles.get(task, task))}: {zero['loss']:.2f} nats unsteered; at best {loss:.2f}, "
+                        f"with {what} after block {layer} at scale {scale:g}")  # fmt: skip
+        return _listed(f"Stored in it, means over {data['n_test']} test prompts:", said)
 
     def greet(self) -> dict:
         self.backend.test(next(iter(tables.names("02_cleanup_features", self.backend.name)), "antonyms"))
@@ -414,6 +451,8 @@ class Workbench(_Live):
         from nb_utils import workbench
 
         features = [(int(latent), float(weight)) for latent, weight in question["features"]]
+        if not all(math.isfinite(weight) for _, weight in features):
+            raise WidgetError("A weight is a finite number: move its slider, or clean again.")
         latents, weights = zip(*features, strict=True) if features else ((), ())
         return workbench.Weighted(latents, weights, bool(question.get("bias")), float("nan"))
 
@@ -441,6 +480,14 @@ class TokenStrip(_Live):
 
     _esm = _front("strip.js")
 
+    def words(self) -> str:
+        said = [
+            f"{verbatim(entry['title'])}, block {layer}: "
+            + ", ".join(f"{role} {one['latent']} ({one['share']:.0%})" for role, one in at["roles"].items())
+            for entry in json.loads(self.data)["tasks"].values() for layer, at in entry["layers"].items()
+        ]  # fmt: skip
+        return _listed("Stored in it, with their share of activation on outputs and on arrows:", said)
+
     def greet(self) -> dict:
         return {"layers": list(self.backend.layers)}
 
@@ -449,7 +496,7 @@ class TokenStrip(_Live):
 
         model, layer = self.backend.model, self.backend.layer(question.get("layer"))
         latents = question.get("latents")
-        if not isinstance(latents, list) or not latents or not all(isinstance(latent, int) for latent in latents):
+        if not isinstance(latents, list) or not latents or not all(type(latent) is int for latent in latents):
             raise WidgetError("Type the numbers of a detector's and an executor's latent.")
         read = microscope.prompt(model.tokenizer, str(question.get("prompt", "")))
         found = microscope.activations(model, self.backend.sae(layer), read, latents)

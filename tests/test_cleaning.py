@@ -89,6 +89,28 @@ def test_a_latent_that_went_out_never_comes_back(problem, sae, start, checks, ki
     assert torch.equal(on[0], (sae.act(start) > 0).expand_as(on[0]))
 
 
+def test_in_a_topk_sae_latents_outside_the_support_compete_for_no_place(problem, sae):
+    """Three latents for two places: what falls from 4 to below the frozen 3 is smaller, not gone."""
+    three = dataclasses.replace(
+        as_topk(sae, 2), W_enc=sae.W_enc[:, :3], b_enc=sae.b_enc[:3], W_dec=sae.W_dec[:3], threshold=torch.zeros(3))
+    start = torch.tensor([[5.0, 4.0, 3.0]])
+    (found,) = cleaning.clean(problem, three, start, [1e3], lr=0.05, steps=6, check_every=1)
+    assert found.step == 6 and found.codes[2] == 0
+    assert 0 < found.codes[1] < 3 < found.codes[0] < 5, "both have fallen by the same steps"
+    (found,) = cleaning.clean(problem, three, start, [1e3], lr=0.2, steps=40, check_every=1)
+    assert found.l0 == 0
+
+
+def test_codes_that_are_means_are_cleaned_under_a_relu_though_they_lie_below_their_thresholds(problem, sae):
+    means = torch.zeros(1, sae.d_sae)
+    means[0, :4] = sae.threshold[:4] / 2 + 0.01
+    assert not (sae.act(means) > 0).any()
+    (dead,) = cleaning.clean(problem, sae, means, [1.0], steps=4)
+    (found,) = cleaning.clean(problem, sae, means, [0.0], steps=8, act=torch.relu)
+    assert dead.l0 == 0 and 0 < found.l0 <= 4 and not found.codes[4:].any() and (found.codes >= 0).all()
+    close(found.vector, sae.decode(found.codes))
+
+
 def test_a_huge_penalty_leaves_nothing_but_the_bias(problem, sae, start):
     (with_bias,) = cleaning.clean(problem, sae, start, [1e4])
     (without,) = cleaning.clean(problem, sae, start, [1e4], bias=False)
@@ -128,6 +150,7 @@ def test_the_kept_step_has_the_best_validation_loss_plus_penalty(problem, sae, s
         costs = {check.step: (check.validation[row] + check.penalty[row]).item() for check in due}
         assert result.step == min(costs, key=costs.get)
         kept = next(check for check in due if check.step == result.step)
+        assert result.choice_loss == costs[result.step]
         assert torch.equal(result.codes, kept.codes[row]) and torch.equal(result.vector, kept.vectors[row])
         assert result.validation_loss == kept.validation[row].item()
     losses = {check.step: check.validation[2].item() for check in due}
@@ -186,7 +209,7 @@ def test_two_pruned_paths_together_are_two_paths_alone(problem, sae, signed):
             torch.testing.assert_close(ours.codes, theirs.codes, atol=1e-3, rtol=1e-3)
 
 
-def test_a_batch_is_drawn_anew_at_every_step_and_by_the_step_alone(problem, sae, signed):
+def test_a_batch_is_drawn_anew_at_every_step_and_by_step_and_seed_alone(problem, sae, signed):
     batched = dataclasses.replace(problem, batch=2)
     vector = vectors.matched_random(torch.ones(1, sae.d_in), 0)
     losses = torch.cat([batched.train_loss(vector, step) for step in range(200)])
@@ -198,6 +221,23 @@ def test_a_batch_is_drawn_anew_at_every_step_and_by_the_step_alone(problem, sae,
     whole = cleaning.prune_with_refit(problem, sae, signed, (6,), steps=6)
     torch.testing.assert_close(first[0][0].codes, again[0][0].codes, atol=1e-3, rtol=1e-3)
     assert not torch.allclose(first[0][0].codes, whole[0][0].codes, atol=1e-2, rtol=1e-2)
+
+
+def test_two_seeds_see_different_batches_and_one_seed_sees_the_same_ones(problem, sae, signed):
+    vector = vectors.matched_random(torch.ones(1, sae.d_in), 0)
+
+    def seen(seed):
+        drawn = dataclasses.replace(problem, batch=2, seed=seed)
+        return torch.cat([drawn.train_loss(vector, step) for step in range(40)])
+
+    first, second = seen(0), seen(1)
+    assert torch.equal(seen(1), second)
+    same = torch.isclose(first, second, atol=1e-4)
+    assert same.sum() < 12, "15 pairs of prompts and their orders: a few batches coincide, most do not"
+    assert not torch.isclose(first[1:], second[:-1], atol=1e-4).all(), "a seed is no shift of the steps"
+    tuned = [cleaning.learned_vector(dataclasses.replace(problem, batch=2, seed=seed), vector, steps=8)[0]
+             for seed in (0, 1)]
+    assert not torch.allclose(tuned[0].vector, tuned[1].vector, atol=1e-2)
 
 
 def test_a_later_stage_of_pruning_goes_on_with_new_batches(problem, sae, signed):
@@ -214,6 +254,37 @@ def test_a_batch_as_large_as_the_training_set_is_the_training_set(problem):
     vector = torch.ones(1, problem.train.model.d_model)
     everything = dataclasses.replace(problem, batch=len(problem.train.prompts))
     close(everything.train_loss(vector, 3), problem.train_loss(vector, 0))
+
+
+def test_rows_with_rates_of_their_own_are_rows_alone_and_the_best_on_validation_is_kept(problem, sae, at, signed):
+    """One pass with three rates, for each way to tune, against three passes with one."""
+    rates, dense = [0.01, 0.1, 0.4], vectors.centred_task_vector(at, LAYER)[None]
+    begin = sae.pre_activations(vectors.task_vector(at, LAYER))[None]
+    ways = {
+        "clean": lambda n, lr: cleaning.clean(problem, sae, begin.repeat(n, 1), [1.0] * n, lr, steps=12),
+        "prune": lambda n, lr: [path[-1] for path in cleaning.prune_with_refit(
+            problem, sae, signed[:1].repeat(n, 1), (8, 4), lr, steps=8)],
+        "learn": lambda n, lr: cleaning.learned_vector(problem, dense.repeat(n, 1), lr, steps=12),
+    }
+    for how, tune in ways.items():
+        together = tune(3, rates)
+        for rate, ours in zip(rates, together, strict=True):
+            (alone,) = tune(1, rate)
+            assert ours.rate == alone.rate == rate and ours.step == alone.step, how
+            torch.testing.assert_close(ours.vector, alone.vector, atol=1e-3, rtol=1e-3)
+        kept = cleaning.best(together)
+        assert kept.choice_loss == min(one.choice_loss for one in together)
+        assert len({one.choice_loss for one in together}) == 3, "rates do nothing: the test says nothing"
+
+
+def test_stated_losses_are_those_of_every_prompt_over_the_whole_vocabulary(problem, sae, signed):
+    few = dataclasses.replace(problem, batch=2, vocabulary=engine.vocabulary(problem.train, keep=20))
+    (path,) = cleaning.prune_with_refit(few, sae, signed[:1], (8, 4), steps=6)
+    for before, after in zip(path, cleaning.stated(few, path), strict=True):
+        for site, loss in ((problem.train, after.train_loss), (problem.validation, after.validation_loss)):
+            assert loss == pytest.approx(site.loss(after.vector[None], LAYER).item(), abs=1e-4)
+        assert after.choice_loss == before.choice_loss == before.validation_loss < after.validation_loss - 0.01
+        assert torch.equal(after.codes, before.codes) and after.step == before.step
 
 
 # --- pruning with refit ----------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Decompositions: an identity for every method, and hand-made dictionaries whose answer is known."""
 
 import dataclasses
+import random
 
 import pytest
 import scipy.optimize
@@ -176,10 +177,24 @@ def test_a_random_support_depends_on_its_seed_only(at, sae):
     assert set(first.codes.nonzero().flatten().tolist()) != set(other.codes.nonzero().flatten().tolist())
 
 
+def test_latents_matched_in_density_are_among_the_nearest_and_neither_chosen_nor_drawn_twice():
+    density = torch.logspace(-3, -0.1, 60)[torch.randperm(60, generator=torch.Generator().manual_seed(0))]
+    like = [3, 17, 29, 41, 58]
+    log = (density.double() + 1e-4).log()
+    for seed in range(20):
+        drawn = dictionary.density_matched(density, like, random.Random(seed), nearest=4)
+        assert drawn == dictionary.density_matched(density, like, random.Random(seed), nearest=4)
+        assert len({*drawn, *like}) == 10
+        for i, (latent, found) in enumerate(zip(like, drawn, strict=True)):
+            free = [other for other in range(60) if other not in (*like, *drawn[:i])]
+            assert found in sorted(free, key=lambda other: abs(log[other] - log[latent]))[:4]
+    assert len({dictionary.density_matched(density, like[:1], random.Random(seed), 4)[0] for seed in range(40)}) == 4
+
+
 def test_the_chosen_atoms_beat_random_ones(at, sae):
-    random = [dictionary.random_support(at, 2, sae, 5, seed).error.norm() for seed in range(5)]
+    chance = [dictionary.random_support(at, 2, sae, 5, seed).error.norm() for seed in range(5)]
     for method in (dictionary.top_k_projection, dictionary.nonnegative_omp):
-        assert method(at, 2, sae, 5).error.norm() < min(random)
+        assert method(at, 2, sae, 5).error.norm() < min(chance)
 
 
 # --- contrast codes --------------------------------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """The engine against the plain way: a full forward pass through TransformerBridge with a hook."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 
@@ -198,3 +201,101 @@ def test_taking_prompts_equals_preparing_them_alone(tiny):
     order = torch.tensor([4, 1])
     alone = engine.Site.prepare(tiny, [batch[4], batch[1]])
     torch.testing.assert_close(site.take(order).loss(vectors, 1), alone.loss(vectors, 1), atol=1e-4, rtol=0)
+
+
+# --- whole answers ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def brief(tiny):
+    """The tiny model with an unembedding of its own that says one of six tokens; two of them end a line."""
+    hf = copy.deepcopy(tiny.hf)
+    said = tiny.tokenizer("abc\nde", add_special_tokens=False).input_ids
+    said[1] = tiny.tokenizer.eos_token_id
+    batch = prompts.dummy_shot(tiny.tokenizer, pairs())
+    last = engine.residuals(tiny, batch, [tuple(range(len(p.ids))) for p in batch], [tiny.n_layers - 1])
+    usual = torch.nn.functional.normalize(hf.model.norm(last[tiny.n_layers - 1]).mean(0), dim=0)
+    rows = torch.randn(len(said), tiny.d_model, generator=torch.Generator().manual_seed(0))
+    weight = torch.zeros_like(hf.lm_head.weight)
+    weight[said] = rows - (rows @ usual)[:, None] * usual  # what all tokens share says nothing
+    hf.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return dataclasses.replace(tiny, hf=hf)
+
+
+def greedy(model, ids, position, vector, layer, n):
+    """Decode ``n`` tokens with a vector added at one position, one unpadded pass a token."""
+
+    def steer(module, args, out):
+        stream = (out[0] if isinstance(out, tuple) else out).clone()
+        stream[:, position] += vector
+        return (stream, *out[1:]) if isinstance(out, tuple) else stream
+
+    handle, said = model.hf.model.layers[layer].register_forward_hook(steer), list(ids)
+    try:
+        for _ in range(n):
+            said.append(model.hf(torch.tensor([said]), use_cache=False).logits[0, -1].argmax().item())
+    finally:
+        handle.remove()
+    return tuple(said[len(ids) :])
+
+
+@pytest.mark.parametrize("at", ["separator", "output"])
+def test_an_answer_is_exact_where_it_is_said_as_a_whole_and_then_the_line_ends(brief, at):
+    """Six prompts whose answers are what the model says, cut anywhere, or said wrongly at the end or in the middle."""
+    layer, ends = 2, {*brief.tokenizer("\n", add_special_tokens=False).input_ids, *brief.tokenizer.all_special_ids}
+    steer = 9 * torch.randn(3, brief.d_model, generator=torch.Generator().manual_seed(5))
+    steer[0] = 0
+    batch, expected = [], []
+    for i, one in enumerate(prompts.dummy_shot(brief.tokenizer, pairs())):
+        head = one.ids[: len(one.ids) - len(one.answer)]
+        place = one.separators[-1] if at == "separator" else one.outputs[-1]
+        said = [greedy(brief, head, place, vector, layer, 4) for vector in steer]
+        answer = (said[0][:1], said[1][:1], said[1][:2], said[2][:3], (*said[0][:1], 77), (77, *said[0][1:2]))[i]
+        other = said[2][:1]  # accepted as well, alone
+        batch.append(dataclasses.replace(one, ids=head + answer, answer=answer, accepted=(answer, other)))
+        expected.append([any(s[: len(a)] == a and s[len(a)] in ends for a in (answer, other)) for s in said])
+    found = engine.Site.prepare(brief, batch, at=at).evaluate(steer, layer).exact
+    assert torch.equal(found, torch.tensor(expected).T.float())
+    assert 0 < found.mean() < 1, "all alike: the test says nothing"
+    half = engine.Site.prepare(brief, batch, at=at, answer_tokens=1).evaluate(steer, layer)
+    whole = torch.tensor([len(p.answer) == 1 for p in batch])
+    assert torch.equal(half.exact[:, whole], found[:, whole]) and half.exact[:, ~whole].isnan().all()
+    assert half.token_loss()[:, ~whole].isnan().all() and not half.token_loss()[:, whole].isnan().any()
+
+
+def test_asking_for_the_end_of_the_line_leaves_losses_to_the_last_bit(brief, monkeypatch):
+    """Prompts whose first answer is right are run one token further; what was measured before stays."""
+    batch = prompts.zero_shot(brief.tokenizer, pairs())
+    heads = [prompt.ids[: len(prompt.ids) - len(prompt.answer)] for prompt in batch]
+    said = [greedy(brief, ids, 0, torch.zeros(brief.d_model), 0, 1) for ids in heads]
+    batch = [dataclasses.replace(p, ids=h + s, answer=s, accepted=(s,))
+             for p, h, s in zip(batch, heads, said, strict=True)]
+    vectors = 0.1 * torch.randn(4, brief.d_model, generator=torch.Generator().manual_seed(0))
+    scores = engine.Site.prepare(brief, batch).evaluate(vectors, 1)
+    assert scores.hit.any()
+    site = engine.Site.prepare(brief, batch)
+    monkeypatch.setattr(engine.Site, "_exact", lambda self, vectors, *rest: torch.zeros(len(vectors), len(batch)))
+    assert torch.equal(site.evaluate(vectors, 1).nll, scores.nll)
+
+
+def test_a_line_ends_with_any_token_that_begins_with_a_line_break_and_with_the_end_of_the_text(tiny):
+    ids = tiny.tokenizer("\n a", add_special_tokens=False).input_ids
+    assert engine._ends_line(tiny, ids[0]) and not any(engine._ends_line(tiny, token) for token in ids[1:])
+    assert engine._ends_line(tiny, tiny.tokenizer.eos_token_id)
+
+
+def test_a_loss_of_fixed_shapes_equals_that_of_the_prompts_taken(tiny):
+    pool = [*pairs(), tasks.Pair("hard", "so", ("so",))]  # answers of unequal length
+    site = engine.Site.prepare(tiny, prompts.zero_shot(tiny.tokenizer, pool), answer_tokens=4)
+    vectors = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)) * 3
+    for vocabulary in (None, engine.vocabulary(site, keep=60)):
+        for mode in ("add", "replace"):
+            fixed = site._fixed(2, mode, vocabulary, 4)
+            for order in ([0, 1, 2, 3], [6, 2, 5, 0]):
+                ours, theirs = (vectors.clone().requires_grad_() for _ in range(2))
+                loss = fixed(ours, torch.tensor(order))
+                expected = site.take(torch.tensor(order)).loss(theirs, 2, mode, vocabulary)
+                torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+                loss.sum().backward()
+                expected.sum().backward()
+                torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-4, rtol=1e-4)

@@ -5,6 +5,8 @@
 also kills the long commands at random moments (34 kills in all), runs each twice at once, and fills their disk.
 """
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -31,7 +33,7 @@ from test_models import entry, shelf  # noqa: F401
 from test_notebooks import SIZES, TINY
 from test_tables import ORIGIN, STEM, made
 
-from nb_utils import exports, files, models, runs, saes, tables
+from nb_utils import exports, files, models, runs, saes, tables, tasks
 from workflow import build_corpus, collect_evidence, train_saes
 
 ROOT = tables.ROOT
@@ -115,7 +117,7 @@ def job_workflow(home):
     for path in (ROOT / "book/experiments").glob("*.ipynb"):
         small[path.stem] = {key: value for key, value in sizes.items() if key in runs.known_parameters(path)}
     book = yaml.safe_load((home / "workflow/book.yaml").read_text())
-    book |= {"parameters": small, "model": "tiny", "sae_set": "random", "tables_dir": "out"}
+    book |= {"parameters": small, "model": "tiny", "sae_set": "shipped", "tables_dir": "out"}
     (home / "workflow/book.yaml").write_text(yaml.safe_dump(book))
     words = [Path(sys.executable).with_name("snakemake"), "--snakefile", "workflow/Snakefile", "--profile",
              "workflow/profiles/local", "--cores", "2", "--config", "size=book", "tasks=antonyms,en_es"]  # fmt: skip
@@ -555,17 +557,93 @@ json_values = st.recursive(
 )  # fmt: skip
 
 
+shown = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), max_size=12)
+hostile = st.text(max_size=12) | shown | st.sampled_from([
+    "$(touch INJECTED)", "a;touch INJECTED", "it's", '"', "a b", "-p", "*", "a,b", "a\nb", "a\r\tb", "{x}", "{{", "%s",
+    "`x`", "<img src=x onerror=alert(1)>", "$x$", "\u202eabc", "אב", "日本語", "👩\u200d🚀", "a\0b", "\ud800",
+    "x" * 300, "", " ", ".", "..", "a/b", "../a", "a\\b", "CON", "con.json",
+])  # fmt: skip
+file_names = hostile.filter(lambda text: "/" not in text and text != "..")  # written to, so they stay where they belong
+
+
 @fuzz
 @given(text=st.text() | st.lists(st.text(max_size=12)).map("\n".join) | json_values.map(json.dumps))
 def test_any_pasted_text_gives_a_task_or_a_task_error(text):
-    from nb_utils import tasks
-
     try:
         task = tasks.parse(text)
     except tasks.TaskError as error:
-        assert "\n" not in str(error)
+        one_sentence(str(error))
     else:
         assert len(task.pairs) >= tasks.MIN_PAIRS
+
+
+def placed(path, data):
+    """Write a file where its name can be one; return its path."""
+    with contextlib.suppress(OSError, ValueError):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+    return path
+
+
+@fuzz
+@given(data=st.data())
+def test_a_task_of_any_name_title_and_words_loads_as_it_says_or_is_a_task_error(tmp_path_factory, data):
+    pairs = {f"x{i}": f"y{i}" for i in range(20)} | {data.draw(hostile): data.draw(hostile)}
+    fields = data.draw(st.dictionaries(st.sampled_from(["name", "title", "licence", "origin", "category"]), hostile))
+    record = {"pairs": [{"input": x, "output": y} for x, y in pairs.items()], **fields} if fields else pairs
+    path = tmp_path_factory.getbasetemp() / f"{data.draw(file_names)}.json"
+    try:
+        task = tasks.load(placed(path, json.dumps(record).encode()))
+    except tasks.TaskError as error:
+        one_sentence(str(error))
+        return
+    assert {field: getattr(task, field) for field in fields} == {field: text.strip() for field, text in fields.items()}
+    assert "name" in fields or task.name == path.stem.strip()
+    texts = [task.name, task.title, task.licence, task.origin, task.category]
+    texts += [text for pair in task.pairs for text in (pair.x, *pair.answers)]
+    assert all(text == text.strip() and len(text.splitlines()) == 1 and "\0" not in text for text in texts)
+    assert "/" not in task.name and len(task.pairs) >= tasks.MIN_PAIRS
+
+
+@fuzz
+@given(data=st.data(), suffix=st.sampled_from([".json", ".jsonl", ".csv", ".tsv"]))
+def test_any_lines_in_a_task_file_give_a_task_or_a_task_error(tmp_path_factory, data, suffix):
+    mark = {".csv": ",", ".tsv": "\t"}.get(suffix)
+    cells = st.lists(hostile | json_values.map(json.dumps), min_size=1, max_size=3)
+    lines = data.draw(st.lists(cells.map((mark or " ").join), max_size=6))
+    row = f"{{}}{mark}{{}}" if mark else '["{}", "{}"]'
+    known = [f"input{mark}output"] * bool(mark) + [row.format(f"x{i}", i) for i in range(20)]
+    text = "\n".join(data.draw(st.permutations(lines + known) | st.just(known + lines)))
+    try:
+        task = tasks.load(placed(tmp_path_factory.getbasetemp() / f"mine{suffix}", text.encode("utf-8", "replace")))
+    except tasks.TaskError as error:
+        one_sentence(str(error))
+    else:
+        assert len(task.pairs) >= tasks.MIN_PAIRS
+
+
+@fuzz
+@given(data=st.data())
+def test_an_sae_of_any_name_and_words_loads_as_what_it_says_or_is_a_sae_error(tiny, header_folder, data):
+    source, weights = header_folder
+    config = json.loads((source / "cfg.json").read_text())
+    words = hostile | json_values
+    keys = """architecture activation_fn activation_fn_str activation_fn_kwargs k normalize_activations dtype device
+        reshape_activations finetuning_scaling_factor rescale_acts_by_decoder_norm""".split()
+    config |= data.draw(st.dictionaries(st.sampled_from(keys) | hostile, words, max_size=2))
+    keys = "model_name hook_name hook_name_out hook_head_index model_from_pretrained_kwargs model_sha256".split()
+    config["metadata"] |= data.draw(st.dictionaries(st.sampled_from(keys) | hostile, words, max_size=2))
+    folder = source.parent / data.draw(file_names)
+    placed(folder / "cfg.json", json.dumps(config).encode())
+    placed(folder / "sae_weights.safetensors", weights)
+    try:
+        found = saes.load(tiny, folder, 2)
+    except saes.SaeError as error:
+        one_sentence(str(error))
+    else:
+        assert found.name == folder.resolve().name and found.architecture == config["architecture"] == "jumprelu"
+        assert config.get("activation_fn") in (None, "relu", "jumprelu")
+        assert config["normalize_activations"] in (None, False, "none")
 
 
 @pytest.mark.parametrize(
@@ -575,8 +653,6 @@ def test_any_pasted_text_gives_a_task_or_a_task_error(text):
     ids=["deep lists", "deep objects", "a long number", "NaN", "infinity", "many", "one key again and again", "long"],
 )  # fmt: skip
 def test_a_monstrous_task_file_is_refused_in_one_line_and_soon(tmp_path, text):
-    from nb_utils import tasks
-
     (tmp_path / "task.json").write_text(text)
     start = time.process_time()
     with pytest.raises(tasks.TaskError) as error:
@@ -635,7 +711,7 @@ def test_any_exported_folder_loads_or_is_an_export_error(export_folder, tiny, sa
         parts[name] = data.draw(tensors)
     weights = save_tensors({name: tensor.clone() for name, tensor in parts.items()})
     for key in data.draw(st.sets(st.sampled_from(sorted(card)), max_size=2)):
-        card[key] = data.draw(json_values)
+        card[key] = data.draw(json_values | hostile)
     card["sha256"] = hashlib.sha256(weights).hexdigest()  # the hash is right: what it vouches for need not be
     folder = export_folder.with_name("fuzzed")
     folder.mkdir(exist_ok=True)
@@ -644,7 +720,24 @@ def test_any_exported_folder_loads_or_is_an_export_error(export_folder, tiny, sa
     try:
         exports.load(folder, tiny, sae)
     except exports.ExportError as error:
-        assert "\n" not in str(error)
+        one_sentence(str(error))
+
+
+@fuzz
+@given(task=hostile, licence=hostile, prompt=hostile, name=file_names)
+def test_a_vector_of_any_task_survives_its_export_or_is_an_export_error(export_folder, task, licence, prompt, name):
+    kept = exports.load(export_folder)
+    card = dataclasses.replace(kept.card, task=task, licence=licence, heldout=((prompt, task),))
+    folder = export_folder.parent / "named" / name
+    try:
+        saved = exports.save(exports.Vector(kept.vector, kept.latents, kept.weights, card), folder)
+        assert exports.load(saved).card == card
+        with pytest.raises(exports.ExportError) as again:
+            exports.save(kept, folder)
+        one_sentence(str(again.value))
+    except exports.ExportError as error:
+        one_sentence(str(error))
+    shutil.rmtree(export_folder.parent / "named", ignore_errors=True)
 
 
 # --- an interrupted installation -------------------------------------------------------------------------------------

@@ -104,7 +104,15 @@ def test_an_accepted_answer_counts_as_right_and_a_longer_one_by_its_first_token(
         for prompt, more in zip(site.prompts, extra, strict=True)
     ]
     row = measurements.baseline(engine.Site.prepare(tiny, batch), "zero_shot").iloc[0]
-    assert row.accuracy == pytest.approx(5 / 7) and row.exact == pytest.approx(3 / 7)
+    assert row.accuracy == pytest.approx(5 / 7)
+
+
+def test_where_an_answer_was_cut_short_nothing_is_said_of_the_whole_one(tiny, site):
+    """All of these answers have more than one token."""
+    cut = engine.Site.prepare(tiny, prompts.zero_shot(tiny.tokenizer, PAIRS), answer_tokens=1)
+    row, whole = (measurements.baseline(where, "zero_shot").iloc[0] for where in (cut, site))
+    assert pd.isna(row.exact) and pd.isna(row.token_loss) and row.accuracy == whole.accuracy
+    assert not pd.isna(whole.exact) and not pd.isna(whole.token_loss)
 
 
 def test_a_zero_vector_measures_what_the_baseline_measures(tiny, site):
@@ -154,3 +162,12 @@ def test_the_best_scale_can_be_chosen_over_a_part_of_the_vocabulary(tiny, site):
     losses = {scale: site.loss(scale * vector[None], 1, vocabulary=few).item() for scale in scales}
     assert losses != {scale: site.loss(scale * vector[None], 1).item() for scale in scales}
     assert measurements.best_scale(site, 1, vector, "add", scales, few) == min(losses, key=losses.get)
+
+
+def test_several_seeds_need_a_block_to_be_repeated_at():
+    assert measurements.repeated([6, 8, 11], "all", 5) == [6, 8, 11]
+    assert measurements.repeated([6, 8, 11], "11, 6", 5) == [6, 11]
+    assert measurements.repeated([6, 8, 11], 8, 5) == [8]
+    assert measurements.repeated([6, 8], "11", 1) == []
+    with pytest.raises(ValueError, match=r"repeat_layers is 11, layers are 6, 8; let it name one of these\."):
+        measurements.repeated([6, 8], "11", 2)

@@ -188,7 +188,7 @@ def test_a_method_does_not_differ_from_itself():
     first, _ = pair(0)
     found = metrics.compare(first, first)
     assert (found.mean, found.low, found.high, found.better) == (0, 0, 0, 0)
-    assert found.verdict == "fails"
+    assert found.verdict == "undecided"
     assert found.word == "about the same as"
 
 
@@ -219,15 +219,53 @@ def test_relative_differences_use_the_zero_shot_loss_of_each_task():
     [
         (-1, -2, -0.1, [-1] * 4, "holds", "lower than"),
         (-1, -2, -0.1, [-1] * 3 + [1], "holds", "lower than"),
-        (-1, -2, -0.1, [-4, -4, 1, 1], "holds in part", "lower than"),
-        (-1, -2, 0.1, [-1] * 4, "holds in part", "about the same as"),
-        (0.5, -1, 2, [1] * 4, "fails", "about the same as"),
+        (-1, -2, -0.1, [-4, -4, 1, 1], "mostly", "lower than"),
+        (-1, -2, 0.1, [-1] * 4, "undecided", "about the same as"),
+        (-1, -2, 0, [-1] * 4, "undecided", "about the same as"),
+        (0.5, -1, 2, [1] * 4, "undecided", "about the same as"),
+        (1, 0, 2, [1] * 4, "undecided", "about the same as"),
         (1, 0.1, 2, [1] * 4, "fails", "higher than"),
+        (-1, -2, -0.1, [-1] * 2, "undecided", "lower than"),
     ],
 )
 def test_a_verdict_needs_the_interval_and_most_tasks(mean, low, high, differences, verdict, word):
     found = metrics.Comparison(mean, low, high, pd.Series(differences, dtype=float))
     assert (found.verdict, found.word) == (verdict, word)
+
+
+def test_no_effect_is_undecided_nineteen_times_of_twenty_whatever_the_sign_of_its_mean():
+    found = [metrics.over_tasks(pd.Series(normal(25, seed=seed, mean=0.0))) for seed in range(200)]
+    verdicts = pd.Series([number.verdict for number in found]).value_counts(normalize=True)
+    assert 0.88 < verdicts["undecided"] < 0.99
+    assert any(number.mean < 0 and number.verdict == "undecided" for number in found)
+
+
+def test_a_family_is_drawn_whole():
+    """Tasks that are copies of one another say no more than one of them."""
+    one = pd.Series(normal(6, mean=0.0), index=[f"t{i}" for i in range(6)])
+    many = pd.concat([one.rename(lambda name, i=i: f"{name}{i}") for i in range(5)])
+    family = {name: name[:2] for name in many.index}
+    alone, copies = metrics.over_tasks(one), metrics.over_families(many, family)
+    assert copies.mean == pytest.approx(alone.mean) and copies.by_task.size == 30
+    assert copies.high - copies.low == pytest.approx(alone.high - alone.low, rel=0.1)
+    assert metrics.over_tasks(many).high - metrics.over_tasks(many).low < 0.7 * (copies.high - copies.low)
+
+
+def test_families_of_unequal_size_weigh_by_their_tasks():
+    values = pd.Series({"a": 1.0, "b": 1.0, "c": 1.0, "d": 5.0, "e": 5.0})
+    found = metrics.over_families(values, dict(zip("abcde", "xxxyz", strict=True)))
+    assert found.mean == 2.6 and (found.low, found.high) == (1.0, 5.0)
+
+
+def test_too_few_families_give_no_interval():
+    values = pd.Series({"a": 1.0, "b": 2.0, "c": np.nan})
+    assert metrics.over_families(values, {"a": "x", "b": "y", "c": "z"}) is None
+
+
+def test_the_median_task_is_asked_for_by_name():
+    values = pd.Series({"a": 1.0, "b": 2.0, "c": 90.0})
+    found = metrics.over_tasks(values, average=np.median)
+    assert found.mean == 2 and {found.low, found.high} <= {1.0, 2.0, 90.0}
 
 
 # --- choices ---

@@ -200,7 +200,7 @@ def run_cells(path, given):
 
 def test_experiments_run_on_another_device(elsewhere, tmp_path, monkeypatch):
     given = {
-        "task": "antonyms", "model": "tiny", "sae_set": "random", "layers": "2,3", "n_prompts": 4, "n_shots": 4,
+        "task": "antonyms", "model": "tiny", "sae_set": "shipped", "layers": "2,3", "n_prompts": 4, "n_shots": 4,
         "n_train": 8, "batch": 8, "n_validation": 6, "n_test": 8, "n_sentences": 4, "seeds": 1, "atoms": "2,4",
         "penalties": "1,3", "penalty": 1.0, "sizes": "8,4", "steps": 4, "steps_a_stage": 2, "scales": 5, "coarse": 3,
         "n_others": 3, "n_text": 6, "following": 5, "templates": "arrow,question", "counts": "6,12",

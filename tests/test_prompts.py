@@ -172,6 +172,17 @@ def test_the_dummy_shot_says_nothing_of_the_task(tokenizer):
     assert text_of(tokenizer, prompt.ids[: prompt.outputs[-1] + 1]) == "X -> Y"
 
 
+@pytest.mark.parametrize("place", ["shot's input", "shot's answer", "query's input", "answer", "other answer"])
+def test_text_that_the_tokenizer_takes_for_a_special_token_is_refused(tokenizer, place):
+    control = next(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    bad, good = f"a{control}b", "c"
+    x, y = (bad if place == f"shot's {part}" else good for part in ("input", "answer"))
+    answers = [bad if place == part else good for part in ("answer", "other answer")]
+    with pytest.raises(tasks.TaskError, match="special token") as said:
+        prompts.encode(tokenizer, [pair(x, y)], pair(bad if place == "query's input" else good, *answers))
+    assert control in str(said.value) and "\n" not in str(said.value)
+
+
 # --- tokenizers of other habits --------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,8 +32,10 @@ from sae_lens import (
     TopKSAEConfig,
 )
 from sae_lens.saes.sae import SAEMetadata
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 
-from nb_utils import saes, tables
+from nb_utils import files, saes, tables
 from nb_utils.saes import SaeError
 from workflow import measure_saes
 
@@ -109,15 +112,270 @@ def test_a_batchtopk_checkpoint_means_what_saelens_saves_of_it(tmp_path, rescale
         close(ours.decode(ours.encode(x)), theirs(x).detach())
 
 
-def test_a_folded_normalisation_is_read_and_an_unfolded_one_refused():
-    theirs = random_saelens(normalize_activations="expected_average_only_in")
-    with pytest.raises(SaeError, match="normalises its input"):
-        view(theirs)
-    theirs.fold_activation_norm_scaling_factor(0.25)
+# --- what the file says, and not the object that SAELens makes of it ---
+
+
+OLD = {
+    "model_name": "tiny", "hook_name": "blocks.2.hook_resid_post", "hook_layer": 2, "d_in": D_IN, "d_sae": D_SAE,
+    "dtype": "torch.float32", "apply_b_dec_to_input": False, "normalize_activations": "none", "l1_coefficient": 5,
+}  # fmt: skip
+TOPK = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 7}}
+
+
+def stated(folder, config, kind="standard", **more):
+    """Write an SAE with a configuration of our own and more tensors; return the folder."""
+    saved(folder, kind=kind)
+    path = folder / "sae_weights.safetensors"
+    path.write_bytes(save_tensors(load_tensors(path.read_bytes()) | more))
+    (folder / "cfg.json").write_text(json.dumps(config))
+    return folder
+
+
+def edited(folder, **changes):
+    """Change keys of a configuration (None: leave it out)."""
+    config = json.loads((folder / "cfg.json").read_text()) | changes
+    (folder / "cfg.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return folder
+
+
+def refused(tiny, folder, says):
+    with pytest.raises(SaeError, match=says) as said:
+        saes.load(tiny, folder, 2)
+    assert "\n" not in str(said.value) and "damaged" not in str(said.value)
+    return str(said.value)
+
+
+@pytest.mark.parametrize("apply_b_dec_to_input", [False, True, None])
+@pytest.mark.parametrize(
+    "topk", [TOPK, {"activation_fn": "topk", "k": 7}, {"architecture": "topk", "k": 7}, TOPK | {"architecture": "topk"}]
+)
+def test_an_old_topk_file_is_read_with_its_k_wherever_that_stands(tmp_path, tiny, topk, apply_b_dec_to_input):
+    config = OLD | topk | {"apply_b_dec_to_input": apply_b_dec_to_input}
+    if apply_b_dec_to_input is None:  # SAELens's own default, then and now
+        del config["apply_b_dec_to_input"]
+    theirs = random_saelens("topk", apply_b_dec_to_input=apply_b_dec_to_input is not False)
+    x = 3 * torch.randn(40, D_IN)
+    ours = saes.load(tiny, stated(tmp_path, config), 2)
+    assert ours.k == 7 and ours.architecture == "topk"
+    close(ours.encode(x), theirs.encode(x).detach())
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": {}}, "TopK SAE whose k is None"),
+        ({"activation_fn": "topk"}, "TopK SAE whose k is None"),
+        ({"architecture": "topk"}, "TopK SAE whose k is None"),
+        ({"activation_fn": "topk", "k": 7, "activation_fn_kwargs": {"k": 8}}, "settings beside its k of 7"),
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 7, "signed": True}}, "settings beside its k of 7"),
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": [7], "k": 7}, "settings beside its k of 7"),
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 97}}, "k of 97, and it has 96 latents"),
+        ({"k": 7}, "has a k of 7 and is no TopK SAE"),
+        ({"activation_fn_str": "tanh-relu"}, "the activation 'tanh-relu' in a 'standard' SAE"),
+        ({"activation_fn": "leaky_relu"}, "the activation 'leaky_relu'"),
+        ({"activation_fn": "gelu"}, "the activation 'gelu'"),
+        ({"activation_fn": "softplus", "activation_fn_str": "relu"}, "the activation 'softplus'"),
+        ({"activation_fn_str": "topk", "architecture": "gated"}, "the activation 'topk' in a 'gated' SAE"),
+        ({"activation_fn_str": "relu", "architecture": "topk", "k": 7}, "the activation 'relu' in a 'topk' SAE"),
+        ({"normalize_activations": "layer_norm"}, "'layer_norm'.*depends on each token"),
+        ({"normalize_activations": "constant_norm_rescale"}, "depends on each token"),
+        ({"normalize_activations": "constant_scalar_rescale"}, "depends on each token"),
+        ({"normalize_activations": True}, "fold_activation_norm_scaling_factor"),
+        ({"normalize_activations": ["median"]}, "is unknown here"),
+        ({"apply_b_dec_to_input": "false"}, "'false'.*set them to true or false"),
+        ({"rescale_acts_by_decoder_norm": True}, "units of the decoder norm"),
+        ({"reshape_activations": "hook_z"}, "single attention heads"),
+        ({"hook_head_index": 3}, "single attention heads"),
+        ({"hook_name_out": "blocks.2.hook_mlp_out"}, "is a transcoder to 'blocks.2.hook_mlp_out'"),
+        ({"finetuning_scaling_factor": True}, "finetuning factors"),
+        ({"architecture": "jumprelu"}, "a 'jumprelu' SAE without threshold"),
+        ({"architecture": "transcoder"}, "a 'transcoder' SAE: the architectures that work are"),
+        ({"d_sae": 97}, "SAELens can't make"),
+    ],
+)  # fmt: skip
+def test_a_configuration_that_computes_something_else_is_refused_by_name(tmp_path, tiny, changes, says):
+    refused(tiny, stated(tmp_path, OLD | changes), says)
+    if not {"architecture", "apply_b_dec_to_input", "d_sae"} & set(changes):
+        inner = {key: changes.pop(key) for key in ("hook_head_index", "hook_name_out") if key in changes}
+        metadata = {"model_name": "tiny", "hook_name": "blocks.2.hook_resid_post", **inner}
+        new = {"d_in": D_IN, "d_sae": D_SAE, "architecture": "standard", "metadata": metadata, **changes}
+        refused(tiny, stated(tmp_path / "new", new), "." if "topk" in str(changes) else says)
+
+
+@pytest.mark.parametrize("none", ["none", None, False])
+def test_without_normalisation_an_old_file_loads_whatever_it_calls_that(tmp_path, tiny, none):
+    assert saes.load(tiny, stated(tmp_path, OLD | {"normalize_activations": none}), 2).k is None
+
+
+def test_a_configuration_without_a_version_or_with_a_byte_order_mark_is_read(tmp_path, tiny):
+    folder = saved(tmp_path)
+    before, config = saes.load(tiny, folder, 2), json.loads((folder / "cfg.json").read_text())
+    del config["metadata"]["sae_lens_version"]
+    (folder / "cfg.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(config).encode())
+    assert saes.layers(tiny, tmp_path) == (2,)
+    assert torch.equal(saes.load(tiny, folder, 2).threshold, before.threshold)
+
+
+def test_thresholds_stored_as_logarithms_are_thresholds(tmp_path, tiny):
+    folder, theirs = saved(tmp_path), random_saelens()
+    path, x = folder / "sae_weights.safetensors", torch.randn(9, D_IN)
+    tensors = load_tensors(path.read_bytes())
+    tensors["log_threshold"] = tensors.pop("threshold").log()
+    path.write_bytes(save_tensors(tensors))
+    close(saes.load(tiny, folder, 2).encode(x), theirs.encode(x).detach())
+
+
+def test_an_sae_of_the_centred_stream_centres_its_input():
+    theirs = random_saelens("topk", apply_b_dec_to_input=True)
+    theirs.cfg.metadata.model_from_pretrained_kwargs = {"center_writing_weights": True}
+    x = 3 * torch.randn(9, D_IN) + 5
+    close(view(theirs).encode(x), theirs.encode(x - x.mean(1, keepdim=True)).detach())
+
+
+def test_unused_factors_are_dropped_and_other_tensors_named(tmp_path, tiny):
+    folder = stated(tmp_path / "ones", OLD | {"finetuning_scaling_factor": True}, scaling_factor=torch.ones(D_SAE))
+    assert saes.load(tiny, folder, 2).d_sae == D_SAE
+    refused(tiny, stated(tmp_path / "more", OLD, W_skip=torch.ones(3)), r"doesn't use \(W_skip\)")
+
+
+# --- advice, followed ---
+
+
+def resaved(theirs, folder):
+    theirs.save_model(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_folding_a_factor_in_as_told_gives_the_sae_of_scaled_inputs(tmp_path, tiny, kind):
+    theirs = random_saelens(kind, normalize_activations="expected_average_only_in", apply_b_dec_to_input=True)
     x = torch.randn(9, D_IN)
-    close(view(theirs).encode(x), theirs.encode(x).detach())
-    with pytest.raises(SaeError, match="layer_norm"):
-        view(random_saelens(normalize_activations="layer_norm"))
+    codes = theirs.encode(0.25 * x).detach()
+    decoded = theirs.decode(codes).detach() / 0.25
+    refused(tiny, resaved(theirs, tmp_path / "a"), "call fold_activation_norm_scaling_factor with")
+    read = SAE.load_from_disk(tmp_path / "a")
+    read.fold_activation_norm_scaling_factor(0.25)
+    ours = saes.load(tiny, resaved(read, tmp_path / "b"), 2)
+    if kind != "topk, rescaled":  # there the units of the codes are folded with the decoder
+        close(ours.encode(x), codes)
+    close(ours.decode(ours.encode(x)), decoded)
+
+
+def test_folding_a_whitening_in_as_told_gives_the_sae_of_whitened_inputs(tmp_path, tiny):
+    theirs = random_saelens(normalize_activations="covariance_whitening")
+    x, mean = torch.randn(9, D_IN), torch.randn(D_IN)
+    matrix = torch.eye(D_IN) + 0.1 * torch.randn(D_IN, D_IN)
+    codes = theirs.encode((x - mean) @ matrix).detach()
+    refused(tiny, resaved(theirs, tmp_path / "a"), "call fold_activation_whitening with")
+    read = SAE.load_from_disk(tmp_path / "a")
+    read.fold_activation_whitening(mean, matrix, matrix.inverse())
+    close(saes.load(tiny, resaved(read, tmp_path / "b"), 2).encode(x), codes)
+
+
+def test_multiplying_finetuning_factors_in_as_told_gives_their_decoder(tmp_path, tiny):
+    factors, theirs = torch.rand(D_SAE) + 0.5, random_saelens("standard")
+    for name in ("scaling_factor", "finetuning_scaling_factor"):
+        folder = stated(tmp_path / name, OLD | {"finetuning_scaling_factor": True}, **{name: factors})
+        refused(tiny, folder, "multiply the rows of W_dec by these, leave out their tensor, and set finetuning_")
+        path = folder / "sae_weights.safetensors"
+        tensors = load_tensors(path.read_bytes())
+        tensors["W_dec"] = tensors["W_dec"] * tensors.pop(name)[:, None]
+        path.write_bytes(save_tensors(tensors))
+        ours, codes = saes.load(tiny, edited(folder, finetuning_scaling_factor=False), 2), torch.rand(9, D_SAE)
+        close(ours.decode(codes), theirs.decode(codes * factors).detach())
+
+
+@pytest.mark.parametrize("activation", ["activation_fn", "activation_fn_str"])
+def test_adding_what_a_configuration_lacks_as_told_makes_it_load(tmp_path, tiny, activation):
+    x = 3 * torch.randn(9, D_IN)
+    folder = stated(tmp_path / "k", OLD | {activation: "topk"})
+    refused(tiny, folder, "add the k that it was trained with to cfg.json")
+    close(saes.load(tiny, edited(folder, k=7), 2).encode(x), random_saelens("topk").encode(x).detach())
+    folder = stated(tmp_path / "standard", OLD | {"k": 7})
+    refused(tiny, folder, 'add "architecture": "topk" to cfg.json')
+    assert saes.load(tiny, edited(folder, architecture="topk"), 2).k == 7
+    folder = edited(saved(tmp_path / "none"), architecture=None)
+    refused(tiny, folder, "names no architecture: add it to cfg.json, one of standard, jumprelu")
+    close(saes.load(tiny, edited(folder, architecture="jumprelu"), 2).encode(x), random_saelens().encode(x).detach())
+    folder = edited(saved(tmp_path / "switch"), apply_b_dec_to_input="false")
+    refused(tiny, folder, "set them to true or false")
+    assert saes.load(tiny, edited(folder, apply_b_dec_to_input=False), 2).layer == 2
+
+
+def test_a_batchtopk_checkpoint_has_to_say_whether_it_rescales(tmp_path, tiny):
+    config = BatchTopKTrainingSAEConfig(
+        d_in=D_IN, d_sae=D_SAE, k=8, metadata=SAEMetadata(model_name="tiny", hook_name="blocks.2.hook_resid_post"),
+        rescale_acts_by_decoder_norm=False,
+    )  # fmt: skip
+    BatchTopKTrainingSAE(config).save_model(tmp_path)
+    edited(tmp_path, rescale_acts_by_decoder_norm=None)
+    refused(tiny, tmp_path, 'add "rescale_acts_by_decoder_norm": true or false')
+    assert saes.load(tiny, edited(tmp_path, rescale_acts_by_decoder_norm=False), 2).architecture == "batchtopk"
+
+
+def converted(kind, tensors, folder, **settings):
+    """Do what the sentences on other formats say: put tensors into a class of SAELens and save that."""
+    theirs = random_saelens(kind, **settings)
+    theirs.load_state_dict({name: torch.as_tensor(tensor) for name, tensor in tensors.items()})
+    return resaved(theirs, folder)
+
+
+def test_the_formats_of_others_are_named_and_convert_as_told(tmp_path, tiny):
+    x, w = torch.randn(9, D_IN), {name: tensor.detach() for name, tensor in random_saelens().state_dict().items()}
+    pre = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
+
+    for name in ("params.npz", "params.safetensors"):
+        folder = tmp_path / name.replace(".", "_")
+        folder.mkdir()
+        np.savez(folder / "params.npz", **w)
+        (folder / "params.npz").rename(folder / name)
+        refused(tiny, folder, rf"holds {name}, .*into JumpReLUSAE \(apply_b_dec_to_input=False\), of SAELens")
+    arrays = dict(np.load(tmp_path / "params_npz/params.npz"))
+    ours = saes.load(tiny, converted("jumprelu", arrays, tmp_path / "scope", apply_b_dec_to_input=False), 2)
+    close(ours.encode(x), random_saelens().encode(x).detach())
+
+    folder = tmp_path / "eleuther/layers.2"
+    folder.mkdir(parents=True)
+    config = {"expansion_factor": 3, "normalize_decoder": True, "num_latents": D_SAE, "k": 7, "d_in": D_IN}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    linear = {"encoder.weight": w["W_enc"].T.contiguous(), "encoder.bias": w["b_enc"]}
+    (folder / "sae.safetensors").write_bytes(save_tensors(linear | {"W_dec": w["W_dec"], "b_dec": w["b_dec"]}))
+    for place in (folder, folder.parent):
+        refused(tiny, place, "holds sae.safetensors, .*EleutherAI's.*into TopKSAE")
+    theirs = load_tensors((folder / "sae.safetensors").read_bytes())
+    theirs = {"W_enc": theirs.pop("encoder.weight").T, "b_enc": theirs.pop("encoder.bias"), **theirs}
+    ours = saes.load(tiny, converted("topk", theirs, tmp_path / "topk", apply_b_dec_to_input=True), 2)
+    top = pre.relu().topk(7)
+    close(ours.encode(x), torch.zeros_like(pre).scatter(1, top.indices, top.values))
+
+    folder = tmp_path / "dictionary"
+    folder.mkdir()
+    torch.save(linear | {"decoder.weight": w["W_dec"].T, "bias": w["b_dec"]}, folder / "ae.pt")
+    for place in (folder, tmp_path / "dictionary"):
+        refused(tiny, place, r"ae\.pt, and pickled weights are not loaded.*AutoEncoder.*into StandardSAE")
+    theirs = torch.load(folder / "ae.pt", weights_only=True)
+    theirs = {
+        "W_enc": theirs["encoder.weight"].T, "b_enc": theirs["encoder.bias"], "W_dec": theirs["decoder.weight"].T,
+        "b_dec": theirs["bias"],
+    }  # fmt: skip
+    ours = saes.load(tiny, converted("standard", theirs, tmp_path / "relu", apply_b_dec_to_input=True), 2)
+    close(ours.encode(x), pre.relu())
+
+
+def test_a_pickle_saved_as_told_loads_and_a_manifest_deleted_as_told_is_not_missed(tmp_path, tiny):
+    folder = saved(tmp_path)
+    weights, pickle = folder / "sae_weights.safetensors", folder / "weights.pt"
+    torch.save(load_tensors(weights.read_bytes()), pickle)
+    weights.unlink()
+    refused(tiny, folder, r"only weights\.pt, .*: save the SAE as sae_weights\.safetensors")
+    weights.write_bytes(save_tensors(torch.load(pickle, weights_only=True)))
+    assert saes.load(tiny, folder, 2).layer == 2
+    files.describe(folder, ["cfg.json"])
+    edited(folder, dataset_path="mine")
+    with pytest.raises(SaeError, match=r"or delete its manifest\.json if you changed it yourself"):
+        saes.load(tiny, folder, 2)
+    (folder / "manifest.json").unlink()
+    assert saes.load(tiny, folder, 2).layer == 2
 
 
 def test_only_firing_latents_have_a_gradient():
@@ -149,6 +407,28 @@ def test_the_hook_name_decides_and_not_the_folder(tmp_path, tiny):
     assert saes.load(tiny, tmp_path / "layer_5", 1).sha256 == saes.load(tiny, str(tmp_path), 1).sha256
     with pytest.raises(SaeError, match="hook_mlp_out"):
         saes.load(tiny, tmp_path / "mlp", 4)
+
+
+def test_of_several_saes_for_a_layer_one_has_to_be_named(tmp_path, tiny):
+    for seed, name in enumerate(("100000", "200000", "final_300000")):
+        saved(tmp_path / name, seed=seed)
+    saved(tmp_path / "other", hook="blocks.1.hook_resid_post")
+    assert saes.layers(tiny, tmp_path) == (1, 2)
+    assert saes.load(tiny, tmp_path, 1).name == "other"
+    with pytest.raises(SaeError, match=r"3 SAEs for layer 2 \(100000, 200000, final_300000\): name one") as said:
+        saes.load(tiny, tmp_path, 2)
+    named = re.search("one of them, as (.*), or", str(said.value))[1]
+    assert saes.load(tiny, named, 2).name == "final_300000"
+
+
+def test_an_sae_of_a_release_that_reads_another_block_than_its_id_says_is_had_as_told(tiny, monkeypatch):
+    # What the hub would give for an id that counts blocks by what they read.
+    monkeypatch.setattr(saes, "_read_release", lambda source: random_saelens(hook="blocks.3.hook_resid_pre"))
+    with pytest.raises(SaeError, match="block 2, not of block 3: name it so, and ask for layer 2") as said:
+        saes.load(tiny, "gemma-scope-2b-pt-res-canonical", 3)
+    named = str(said.value).split(" reads ")[0]
+    assert named == "gemma-scope-2b-pt-res-canonical:layer_3/width_16k/canonical"
+    assert saes.load(tiny, named, 2).name == named
 
 
 def test_half_precision_weights_are_computed_with_in_single_precision(tmp_path, tiny):
@@ -183,12 +463,16 @@ def test_a_folder_without_the_layer_says_which_it_has(tmp_path, tiny):
         saes.load(tiny, tmp_path, 3)
 
 
-def test_sets_that_do_not_fit_the_model_are_refused(tmp_path, tiny):
+def test_sets_that_do_not_fit_the_model_are_refused(tmp_path, tiny, monkeypatch):
     saved(tmp_path / "other", model_name="google/gemma-2-2b")
     saved(tmp_path / "deep", hook="blocks.9.hook_resid_post")
-    with pytest.raises(SaeError, match="trained on google/gemma-2-2b"):
+    with pytest.raises(SaeError, match=r"trained on google/gemma-2-2b.*NB_OTHER_MODEL=1.*allow_other_model=True"):
         saes.load(tiny, tmp_path / "other", 2)
     assert saes.load(tiny, tmp_path / "other", 2, allow_other_model=True).layer == 2
+    monkeypatch.setenv("NB_OTHER_MODEL", "1")
+    assert saes.load(tiny, tmp_path / "other", 2).layer == 2
+    with pytest.raises(SaeError, match="trained on"):
+        saes.load(tiny, tmp_path / "other", 2, allow_other_model=False)
     with pytest.raises(SaeError, match="6 blocks"):
         saes.load(tiny, tmp_path / "deep", 9)
     wide = SimpleNamespace(name="google/gemma-2-2b", d_model=2304, n_layers=26)
@@ -201,10 +485,38 @@ def test_sets_that_do_not_fit_the_model_are_refused(tmp_path, tiny):
 def test_a_model_is_known_by_its_hub_name_its_alias_and_its_embedded_name(tmp_path):
     for stored, loaded in [
         ("gemma-2-2b", "google/gemma-2-2b"), ("google/gemma-3-270m", "gemma-3-270m"), ("gpt2-small", "gpt2"),
-    ]:
+        ("meta-llama/Meta-Llama-3.1-8B", "meta-llama/Llama-3.1-8B"), ("", "anything"), ("  ", "anything"),
+    ]:  # fmt: skip
         saved(tmp_path, model_name=stored)
         model = SimpleNamespace(name=loaded, d_model=D_IN, n_layers=12)
         assert saes.load(model, tmp_path, 2).layer == 2
+
+
+def test_a_model_is_known_wherever_its_folder_lies_and_by_its_weights(tmp_path, monkeypatch):
+    model = SimpleNamespace(name="", d_model=D_IN, n_layers=12, sha256="f" * 64)
+    cached = tmp_path / "models--google--gemma-2-2b/snapshots/0123abc"
+    own = tmp_path / "Gemma-2-2B"
+    for folder in (cached, own):
+        folder.mkdir(parents=True)
+    saved(tmp_path / "sae", model_name="google/gemma-2-2b")
+    monkeypatch.chdir(own)
+    for name in (str(cached), f"{cached}/", ".", str(own), f"{own}/"):
+        model.name = name
+        assert saes.load(model, tmp_path / "sae", 2).layer == 2
+    model.name = "renamed"
+    with pytest.raises(SaeError, match="trained on google/gemma-2-2b, not on 'renamed'"):
+        saes.load(model, tmp_path / "sae", 2)
+    config = json.loads((tmp_path / "sae/cfg.json").read_text())
+    edited(tmp_path / "sae", metadata=config["metadata"] | {"model_sha256": model.sha256})
+    assert saes.load(model, tmp_path / "sae", 2).layer == 2
+
+
+def test_the_shipped_saes_are_those_of_a_model_in_the_hubs_cache_too(tmp_path):
+    cached = tmp_path / "models--google--gemma-3-270m/snapshots/0123abc"
+    cached.mkdir(parents=True)
+    model = SimpleNamespace(name=str(cached), d_model=640, n_layers=18)
+    assert saes.layers(model) == saes.layers(SimpleNamespace(name="gemma-3-270m", n_layers=18))
+    assert saes.load(model, "shipped", 12).name == "blocks.12.hook_resid_post"
 
 
 def test_a_pickle_or_an_unknown_architecture_is_refused(tmp_path, tiny):

@@ -69,7 +69,18 @@ def test_what_has_changed_is_named(made, change, reason):
 
 def test_other_models_are_held_against_their_own_blocks():
     maker = sources.maker("05_cross_task_steering")
-    assert stale._defaults(maker, "google--gemma-2-2b")["layers"] == "14,10" != stale._defaults(maker, MODEL)["layers"]
+    assert stale._defaults(maker, "google/gemma-2-2b")["layers"] == "14,10" != stale._defaults(maker, MODEL)["layers"]
+
+
+def test_quick_tables_are_held_against_the_quick_settings(tmp_path, monkeypatch):
+    maker, quick = sources.maker(STEM), stale.SETTINGS[1]
+    assert stale._settings(ROOT / "results/runs/tables") == quick
+    assert stale._settings(ROOT / "results/tables") == stale._settings(tmp_path) == stale.SETTINGS[0]
+    sizes = stale._defaults(maker, MODEL, quick)
+    assert sizes["layers"] == "6,8" != stale._defaults(maker, MODEL)["layers"]
+    made = {"parameters": {**sizes, "task": "antonyms", "layers": [6, 8], "sizes": [20, 10]}}
+    assert not list(stale._parameters(maker, made, ROOT / "results/runs/tables"))
+    assert "layers was 6,8, is 4,6" in stale._parameters(maker, made, ROOT / "results/tables")
 
 
 def test_a_build_of_the_same_version_is_no_other_version(made):
@@ -120,7 +131,8 @@ def test_tables_of_saes_that_are_not_here_are_held_against_one_another(tmp_path,
         tables.save(FRAME, STEM, task, found, tmp_path, model)
     stale.main([str(tmp_path)])
     said = " ".join(capsys.readouterr().out.split())
-    group = STEM if model == MODEL else f"{STEM} of {model}"
+    place = tables.place(model, sae_set)
+    group = STEM if place == MODEL else f"{STEM} of {place}"
     expected = f"at block 4 another SAE than most tables of its model: {group} (en_it)"
     assert (expected in said) == (last == "b") and ("another SAE" in said) == (last == "b")
 

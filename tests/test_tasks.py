@@ -1,8 +1,10 @@
+import hashlib
 import json
 import random
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -121,12 +123,101 @@ def test_a_dict_a_list_and_our_own_format_read_alike(tmp_path):
     ours = tasks.load(written(tmp_path, {"title": "Mine", "licence": "CC0", "pairs": rows}, "c.json"))
     assert as_dict.pairs == as_list.pairs == ours.pairs
     assert as_dict.pairs[0] == Pair("x0", "y0", ("y0",))
-    assert (as_dict.name, as_dict.title, ours.title, ours.licence) == ("a", "A", "Mine", "CC0")
+    assert as_dict.name.startswith("a.") and (as_dict.title, ours.title, ours.licence) == ("A", "Mine", "CC0")
 
 
 def test_a_list_of_answers_keeps_its_order_and_drops_repeats(tmp_path):
     task = tasks.load(written(tmp_path, {**plain(), "big": ["small", "little", "small"]}))
     assert task.pairs[-1] == Pair("big", "small", ("small", "little"))
+
+
+def test_entries_of_one_input_are_merged_with_a_word(tmp_path):
+    rows = [[x, y] for x, y in plain().items()]
+    rows[3:3] = [["x0", "y0"], [" x0", "z0 "], ["x1", ["y1", "w1"]], ["x0", ["z0", "y0"]]]
+    task = tasks.load(written(tmp_path, rows))
+    assert [pair.x for pair in task.pairs] == list(plain())
+    assert task.pairs[:3] == (Pair("x0", "y0", ("y0", "z0")), Pair("x1", "y1", ("y1", "w1")), Pair("x2", "y2", ("y2",)))
+    said = "Entries that repeat an earlier input: 2 copies, dropped; 2 with other answers, accepted too."
+    assert (task.copies, task.joined, task.merged) == (2, 2, said)
+    assert tasks.load(written(tmp_path, plain())).merged == ""
+    in_a_dict = json.dumps(plain())[:-1] + ', "x0": "z0"}'
+    assert tasks.load(written(tmp_path, in_a_dict.encode())).pairs[0].answers == ("y0", "z0")
+
+
+def test_numbers_are_read_as_they_are_written(tmp_path):
+    content = json.dumps(plain())[:-1] + ', "1": 2, "a half": 0.50, "many": [1e3, 12345678901234567890]}'
+    assert [pair.answers for pair in tasks.load(written(tmp_path, content.encode())).pairs[-3:]] == [
+        ("2",), ("0.50",), ("1e3", "12345678901234567890"),
+    ]  # fmt: skip
+
+
+ROWS = [{"input": x, "output": y} for x, y in plain().items()]
+LISTS = [[x, y] for x, y in plain().items()]
+XS, YS = list(plain()), list(plain().values())
+
+
+def renamed(x, y, **more):
+    return [{**more, x: row["input"], y: row["output"]} for row in ROWS]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        LISTS, {"pairs": LISTS}, {"pairs": plain()}, {"data": ROWS, "version": "1"}, {"train": LISTS},
+        renamed("Input", "Output"), renamed("question", "answer", id=1), renamed("source", "target"), renamed("x", "y"),
+        renamed("prompt", "completion"), renamed("text", "label"), renamed("input", "target"),
+        {"input": XS, "output": YS, "id": list(range(20))}, {"train": {"question": XS, "answer": YS}},
+        {"rows": [{"row_idx": i, "row": row, "truncated_cells": []} for i, row in enumerate(ROWS)], "features": [{}]},
+        {"input": dict(enumerate(XS)), "output": dict(enumerate(YS))},
+        {"columns": ["output", "input"], "index": list(range(20)), "data": [[y, x] for x, y in LISTS]},
+        {"examples": renamed("input", "target"), "name": "mine"},
+    ],
+)  # fmt: skip
+def test_the_formats_of_others_are_read_where_they_are_unambiguous(tmp_path, content):
+    own = tasks.load(written(tmp_path, ROWS))
+    assert replace(tasks.load(written(tmp_path, content)), name=own.name) == own  # its name has the file's hash
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("mine.jsonl", list(map(json.dumps, ROWS))), ("mine.json", list(map(json.dumps, LISTS))),
+        ("mine.JSONL", list(map(json.dumps, LISTS))), ("mine.csv", ["input,output", *map(",".join, LISTS)]),
+        ("mine.csv", ["x;y", *map(";".join, LISTS)]),
+        ("mine.tsv", ["id\tQuestion\tAnswer", *("1\t" + "\t".join(row) for row in LISTS)]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_files_of_lines_are_read(tmp_path, monkeypatch, name, lines, end):
+    written(tmp_path, ("\ufeff" + end.join([*lines, ""])).encode(), name)
+    monkeypatch.chdir(tmp_path)
+    assert tasks.load(name).pairs == tasks.load(written(tmp_path, ROWS)).pairs
+    assert tasks.files(name)["word"].name == name
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("mine.csv", "hot,cold\nbig,small\n", 'with a comma between them, and there is "hot", "cold"'),
+        ("mine.csv", "", "there is nothing"),
+        ("mine.csv", "input,output\na,b,c\n", "entry 1 has other columns than the 2"),
+        ("mine.csv", 'input,output\na,"b\n', "cannot be read as a table: unexpected end of data"),
+        ("mine.tsv", "input,output\na,b\n", 'with a tab between them, and there is "input,output"'),
+        ("mine.json", "input,output\na,b\n", "line 1, column 1 (files of other kinds end in .csv"),
+    ],
+)  # fmt: skip
+def test_a_table_that_cannot_be_used_says_what_it_found(tmp_path, name, content, says):
+    path = written(tmp_path, content.encode(), name)
+    with pytest.raises(TaskError) as caught:
+        tasks.load(path)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_dict_of_twenty_words_is_never_taken_for_columns_or_a_holder(tmp_path):
+    words = {**plain(), "input": ["entrée", "saisie"], "output": ["sortie", "résultat"], "data": ["données", "info"]}
+    assert [pair.x for pair in tasks.load(written(tmp_path, words)).pairs[-3:]] == ["input", "output", "data"]
+    path = written(tmp_path, {**words, "rows": [["a", "b"]]})
+    assert 'entry 24 (input "rows"): the answer must be' in complaint(path)
 
 
 def test_spaces_around_words_and_a_byte_order_mark_do_not_matter(tmp_path):
@@ -152,21 +243,35 @@ def test_a_path_as_text_works_from_the_current_folder(tmp_path, monkeypatch):
         (b"", "is not JSON"),
         (b'{"x": "\xe9"}', "is not UTF-8 (byte 7)"),
         (b"[" * 100_000, "nested too deeply"),
-        (b"[" + b"9" * 10_000 + b"]", "number too long"),
+        (b"[" + b"9" * 10_000 + b"]", 'entry 1: expected {"input": x, "output": y} or [x, y], found 999'),
         (json.dumps("hello").encode(), 'not "hello"'),
         (json.dumps(plain(19)).encode(), "holds 19 pairs and a task needs 20"),
         (json.dumps({"pairs": [{"input": "x", "output": "y"}]}).encode(), "holds 1 pairs"),
-        (json.dumps([["x", "y"]]).encode(), 'entry 1: expected {"input": x, "output": y}, found a list of 2'),
+        (json.dumps([["x", "y", "z"]]).encode(), "entry 1: expected"),
+        (json.dumps([["a", "b"]]).encode(), "holds 1 pairs"),
+        (json.dumps([["input", "output"], ["a", "b"]]).encode(), "entry 1 looks like the names of the columns"),
         (json.dumps([{"input": "x"}]).encode(), "entry 1: expected"),
         (json.dumps({"a": "b", "x": ""}).encode(), 'entry 2 (input "x"): the answer must be'),
-        (json.dumps({"x": 3}).encode(), 'entry 1 (input "x"): the answer must be a non-empty string, not 3'),
+        (json.dumps({"x": True}).encode(), 'string or a number, not true: put it in quotes'),
+        (b'{"x": NaN}', "not NaN"),
+        (json.dumps({"x": {"y": "z"}}).encode(), 'as "x": call two that are columns input and output'),
+        (json.dumps({"x": "y\0"}).encode(), "the answer holds a control character"),
         (json.dumps({"x": []}).encode(), "the list of accepted answers is empty"),
         (json.dumps({"x": ["y", None]}).encode(), "not null"),
         (json.dumps({" ": "y"}).encode(), "the input must be a non-empty string"),
         (json.dumps({"x": "y\nz"}).encode(), "must be one line"),
         (json.dumps({"x": "\ud800"}).encode(), "surrogate"),
-        (b'{"x": "y", "z": "y", "x": "w"}', 'entry 3 (input "x") repeats the input of entry 1'),
-        (json.dumps([{"input": "x", "output": "y"}] * 2).encode(), "repeats the input of entry 1"),
+        (b'{"x": "y", "z": "y", "x": "w"}', "holds 2 pairs of different inputs and a task needs 20"),
+        (b'{"a": "b"}}', "Extra data at line 1, column 11"),
+        (b'{"a": "b"}\n{"a": "b"\n', "Expecting ',' delimiter at line 3"),
+        (b'{"a": "b"}\n{"a": "b"}\n', 'entry 1: expected {"input": x, "output": y} or [x, y], found an object with'),
+        (json.dumps([{"Country": "x", "Capital": "y"}]).encode(), 'the keys "Country", "Capital"'),
+        (json.dumps([{"input": "x", "answer": "y", "target": "z"}]).encode(), 'the keys "input", "answer", "target"'),
+        (b'[{"input": "x", "input": "y", "output": "z"}]', 'the keys "input", "input", "output"'),
+        (json.dumps({"train": [["a", "b"]], "test": [["a", "b"]]}).encode(), 'as "train", "test": keep those'),
+        (json.dumps({"input": ["a", "b"], "output": ["c"]}).encode(), "has 2 of 'input' and 1 of 'output'"),
+        (json.dumps({"en": ["a"] * 30, "fr": ["b"] * 30}).encode(), 'as "en", "fr": call two that are columns'),
+        (json.dumps({"columns": ["x", "y"], "data": [["a", "b"], ["c"]]}).encode(), "entry 2 has other columns"),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_used_is_refused_in_one_line_that_names_the_entry(tmp_path, content, says):
@@ -178,7 +283,9 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_line_that_names_the_entry(
     [
         ({"title": 3}, "'title' must be"),
         ({"kind": "poem"}, "'kind' must be one of"),
-        ({"name": "../x"}, "a slash"),
+        ({"name": "a\nb"}, "'name' must be one line"),
+        ({"title": "a\0b"}, "'title' holds a control character"),
+        ({"title": "x" * 121}, "121 characters and 120 are the most"),
     ],
 )
 def test_a_wrong_field_of_our_own_format_is_named(tmp_path, fields, says):
@@ -250,6 +357,29 @@ def test_a_split_is_the_same_on_every_machine():
     splits = tasks.split(numbered(20))
     assert [pair.x for pair in splits.validation] == ["word 5", "word 7", "word 2"]
     assert [len(bucket) for bucket in buckets(splits)] == [7, 4, 3, 6]
+
+
+SPLITS = """
+word:algo_first:e3c20cb0 word:algo_last:df92b4f0 word:algo_second:cee87200 word:antonyms:4a511248
+word:country_capital:a4ac2ec7 word:de_en:82f72f09 word:element_symbol:3f43a95c word:en_de:b6b4e588
+word:en_es:00b16f11 word:en_fr:588cefc8 word:en_it:18da83f5 word:es_en:3c276014 word:fr_en:233c7ac9
+word:it_en:f8272ee6 word:location_continent:19202d26 word:location_country:b46f0dfa
+word:location_language:65808204 word:location_religion:cb1e2121 word:person_language:541027f0
+word:person_nationality:dc3c250a word:person_profession:4c27e13b word:plural_singular:20be17ba
+word:present_simple_gerund:ab9e7214 word:present_simple_past_perfect:3c7eae97
+word:present_simple_past_simple:8a94bc5f word:singular_plural:51f7e5fa sentence:de_en:af115820
+sentence:en_de:56c49d9d sentence:en_es:f8a2e72d sentence:en_fr:57e3a60b sentence:en_it:1615d807
+sentence:es_en:2674886b sentence:fr_en:88c5458d sentence:it_en:ba37176b
+"""
+
+
+def test_the_splits_of_the_shipped_tasks_are_those_that_the_tables_were_made_with():
+    found = []
+    for kind, name in EVERY_SHIPPED:
+        splits = tasks.split(tasks.load(name, kind))
+        texts = [[[pair.x, *pair.answers] for pair in bucket] for bucket in buckets(splits)]
+        found.append(f"{kind}:{name}:{hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:8]}")
+    assert set(SPLITS.split()) <= set(found)
 
 
 def test_the_answer_of_a_pair_does_not_move_it():

@@ -65,7 +65,7 @@ STEER = {"what": "view", "task": "antonyms", "layer": 2, "latent": 3, "scale": 0
         ({"prompt": "a<bos> ->"}, "special token <bos>"), ({"latent": 64}, "There is no latent 64"),
         ({"latent": None}, "type the number of a latent"), ({"layer": 9}, "There is no SAE after block 9"),
         ({"latent": -1}, "no tables of 02_cleanup_features"), ({"task": "antonym"}, "Did you mean 'antonyms'"),
-        ({"what": "weather"}, "knows no question 'weather'"), ({"scale": "wide"}, "could not be computed"),
+        ({"what": "weather"}, "knows no question 'weather'"), ({"scale": "wide"}, "is a finite number"),
     ],
 )  # fmt: skip
 def test_a_wrong_question_to_the_steering_control_is_answered_by_a_sentence(backend, change, says):

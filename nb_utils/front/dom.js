@@ -18,6 +18,11 @@ function svg(tag, attributes = {}, ...children) {
   return node;
 }
 
+// Words stand where the control could not be drawn; once it is, they go.
+function hideWords(model) {
+  for (const words of document.querySelectorAll("[data-words]")) words.hidden ||= words.dataset.words === model.get("mark");
+}
+
 // A control with its visible label.
 function field(label, control, hint = "") {
   const box = el("label", { class: "nbw-field" }, el("span", {}, label), control);

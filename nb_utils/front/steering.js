@@ -28,6 +28,7 @@ function evidenceOf(found, elsewhere, titles) {
 }
 
 function render({ model, el: root }) {
+  hideWords(model);
   const data = JSON.parse(model.get("data"));
   const titles = Object.fromEntries(data.tasks.map((t) => [t.name, t.title]));
   let live = null; // what the kernel said it can do

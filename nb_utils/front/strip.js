@@ -12,6 +12,7 @@ function stripOf(tokens, kinds, activations, role) {
 }
 
 function render({ model, el: root }) {
+  hideWords(model);
   const data = JSON.parse(model.get("data"));
   const names = Object.keys(data.tasks);
   let live = null;

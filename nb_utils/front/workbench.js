@@ -1,6 +1,7 @@
 // Clean a vector from your own pairs. All of it is computed by the kernel; without one there is only the sentence.
 
 function render({ model, el: root }) {
+  hideWords(model);
   const data = JSON.parse(model.get("data"));
   const status = el("p", { class: "nbw-status", role: "status" }, "Cleaning is computed by a kernel: run this page in JupyterLab (make lab). What it makes of 20 pairs stands in the figure and the table beside.");
   const box = el("div", { class: "nbw", role: "group", "aria-label": "Clean your own vector", "data-mode": "precomputed" }, status);
@@ -94,7 +95,7 @@ function render({ model, el: root }) {
       fill(layer, told.layers.map((l) => [l, `after block ${l}`]), told.layers.includes(10) ? 10 : told.layers[0]);
       box.append(el("div", { class: "nbw-controls" },
         el("div", {}, field("Pairs, one x -> y a line, or JSON", pairs)),
-        el("div", {}, field("Or the path of a JSON file", path), field("Layer", layer), field("Method", method), el("p", {}, start, stop), bar, doing)),
+        el("div", {}, field("Or the path of a task file", path), field("Layer", layer), field("Method", method), el("p", {}, start, stop), bar, doing)),
       problem, result,
       el("div", {}, field("Folder of the export", folder), put, get, files));
     }
