@@ -29,6 +29,8 @@ FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile")
 class Steps:
     """A cleaning problem whose training loss alone is computed, and kept to compare trajectories."""
 
+    device = torch.device("cpu")
+
     def __init__(self, loss):
         self.loss, self.seen = loss, []
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nb_utils.dictionary import keep_largest
@@ -32,12 +32,25 @@ class Problem:
     batch: int | None = None  # queries resampled at every step (None: always all of them)
     seed: int = 0  # with the step, draws these queries
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is: there vectors are optimised, with the SAE beside them."""
+        return self.train.model.device
+
+    def drawn(self, step: int) -> Int[Tensor, " batch"] | None:
+        """Return the training prompts of a step; None where all of them are taken at every step."""
+        if not self.batch or self.batch >= len(self.train.prompts):
+            return None
+        draw = torch.Generator().manual_seed(step + (self.seed << 20))  # no run takes so many steps
+        return torch.randperm(len(self.train.prompts), generator=draw)[: self.batch]
+
     def train_loss(self, vectors: Float[Tensor, "n d_model"], step: int) -> Float[Tensor, " n"]:
-        site = self.train
-        if self.batch and self.batch < len(site.prompts):
-            draw = torch.Generator().manual_seed(step + (self.seed << 20))  # no run takes so many steps
-            order = torch.randperm(len(site.prompts), generator=draw)
-            site = site.take(order[: self.batch])
+        """Return the loss of vectors on the prompts of a step, differentiable; on a GPU from a CUDA graph."""
+        order = self.drawn(step)
+        graph = self.train.captured(len(vectors), self.layer, self.mode, self.vocabulary, self.batch)
+        if graph is not None:
+            return graph(vectors, torch.arange(len(self.train.prompts)) if order is None else order)
+        site = self.train if order is None else self.train.take(order)
         return site.loss(vectors, self.layer, self.mode, self.vocabulary)
 
     @torch.no_grad()
@@ -102,6 +115,7 @@ def clean(
     and the last step is kept. ``progress`` is told of every step; where it says stop, the best of the steps so far is
     kept. ``act`` takes the place of the SAE's activation: a ReLU where ``start`` holds codes that are means.
     """
+    sae, start = sae.to(problem.device), start.to(problem.device)
     active = (act or sae.act)(start)
     alive = active > 0
     # In a TopK SAE latents outside the support, which stay as they are, would compete for its places.
@@ -114,17 +128,16 @@ def clean(
         codes = fire(torch.stack(theta) * unit) * alive
         return codes, codes @ sae.W_dec + (sae.b_dec if bias else 0), price * codes.sum(1)
 
-    checks, lowest, since = [], alive.sum().item(), 0
+    checks, lowest, since = [], torch.inf if patience is None else alive.sum().item(), 0
     for check in _descend(problem, theta, decode, lr, steps, check_every):
         alive = alive & (check.codes > 0)
         if check.validation is not None:
             checks.append(check)
-        if (l0 := alive.sum().item()) < lowest:
-            lowest, since = l0, 0
-        else:
-            since += 1
-        if patience is not None and since >= patience and check.validation is not None:
-            break
+        if patience is not None:
+            l0 = alive.sum().item()
+            lowest, since = (l0, 0) if l0 < lowest else (lowest, since + 1)
+            if since >= patience and check.validation is not None:
+                break
         if progress is not None and progress(check.step, steps):
             break
     return [_kept(checks, i, lr, penalty, last=patience is not None) for i, penalty in enumerate(penalties)]
@@ -152,7 +165,7 @@ def prune_with_refit(
     not used. Returns, per row, one result per size, so that one run gives the whole loss-L0 path at exact L0.
     ``progress`` is told of every step; where it says stop, the path ends with the size that it was at.
     """
-    codes = start.clone()
+    sae, codes = sae.to(problem.device), start.to(problem.device)
     paths = [[] for _ in codes]
     total = steps * len(sizes)
     for stage, size in enumerate(sizes):
@@ -168,7 +181,7 @@ def prune_with_refit(
         best = refit(problem, sae, codes, unit, lr, steps, check_every, stage * steps, tell)
         for path, result in zip(paths, best, strict=True):
             path.append(result)
-        codes = torch.stack([result.codes for result in best])
+        codes = torch.stack([result.codes for result in best]).to(problem.device)
         if stopped:
             break
     return paths
@@ -184,6 +197,7 @@ def refit(
     as far as one for a long vector. The decoder bias is not used. ``first``: steps taken before, whose batches are not
     drawn again. ``progress`` is told of every step and stops after it by answering True.
     """
+    sae, start, unit = sae.to(problem.device), start.to(problem.device), unit.to(problem.device)
     kept = start != 0
     weights = _leaves(start / unit)
 
@@ -207,6 +221,7 @@ def learned_vector(
 
     ``lr`` is in units of the start's root-mean-square entry.
     """
+    start = start.to(problem.device)
     unit = start.pow(2).mean(1, keepdim=True).sqrt().clamp_min(1e-9)
     free = _leaves(start / unit)
 
@@ -242,7 +257,8 @@ def _descend(
 
     Rows do not influence each other: their losses are summed, and Adam normalises each entry by itself.
     """
-    optimizer = torch.optim.Adam([{"params": [row], "lr": _rate(lr, i)} for i, row in enumerate(parameters)])
+    rows = [{"params": [row], "lr": _rate(lr, i)} for i, row in enumerate(parameters)]
+    optimizer = torch.optim.Adam(rows, fused=problem.device.type == "cuda")  # there one kernel a row, not ten
     for step in range(steps + 1):
         codes, vectors, penalty = decode()
         due = step % check_every == 0 or step == steps
@@ -264,7 +280,7 @@ def _rate(lr: Rates, row: int) -> float:
 def _kept(checks: list[_Check], row: int, lr: Rates, penalty: float = 0.0, last: bool = False) -> Cleaned:
     kept = checks[-1] if last else min(checks, key=lambda c: (c.validation[row] + c.penalty[row]).item())
     return Cleaned(
-        codes=None if kept.codes is None else kept.codes[row].clone(), vector=kept.vectors[row].clone(),
+        codes=None if kept.codes is None else kept.codes[row].clone().cpu(), vector=kept.vectors[row].clone().cpu(),
         train_loss=kept.train[row].item(), validation_loss=kept.validation[row].item(),
         choice_loss=(kept.validation[row] + kept.penalty[row]).item(), step=kept.step, rate=_rate(lr, row),
         penalty=penalty,

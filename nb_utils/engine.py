@@ -75,14 +75,6 @@ class Scores:
         return self.nll.nanmean(-1).masked_fill(self.exact.isnan(), torch.nan)
 
 
-def byte_budget(device: torch.device) -> int:
-    """Return how many bytes one chunk may take: `BYTE_BUDGET`, on a GPU a quarter of what is free there."""
-    if device.type != "cuda":
-        return BYTE_BUDGET
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for no tensor
-    return (torch.cuda.mem_get_info(device)[0] + held) // 4
-
-
 @dataclass(frozen=True)
 class Site:
     """A set of prompts with one place to steer, prepared for every layer."""
@@ -159,10 +151,15 @@ class Site:
         targets = as_tensor(rows).T, as_tensor(labels), as_tensor(place)
         return cls(model, tuple(prompts), frozen, tuple(given), tuple(residual), *targets, at)
 
-    @cached_property
+    @property
     def budget(self) -> int:
-        """The bytes that one chunk of vectors may take, as `byte_budget` said when it was first asked for."""
-        return byte_budget(self.model.device)
+        """The bytes that one chunk of vectors may take: `BYTE_BUDGET`, on a GPU a quarter of what was free there."""
+        return self._free // 4 if self.model.device.type == "cuda" else BYTE_BUDGET
+
+    @cached_property
+    def _free(self) -> int:
+        held = torch.cuda.memory_reserved(self.model.device) - torch.cuda.memory_allocated(self.model.device)
+        return torch.cuda.mem_get_info(self.model.device)[0] + held  # the second: torch's, for no tensor yet
 
     def hidden(
         self, vectors: Float[Tensor, "n d_model"], layer: int, mode: str = "add"
@@ -231,18 +228,26 @@ class Site:
         """Return the loss of ``n`` vectors as a CUDA graph: a function of them and of the ``batch`` prompts to take.
 
         A step of optimisation is hundreds of small kernels, and on a GPU starting them costs many times what they
-        compute; the graph starts all at once. None where there is no graph: on other devices, or where ``n`` vectors
-        exceed the budget.
+        compute; the graph starts all at once. It is kept for the next call. None where there is no graph: on other
+        devices, or where ``n`` vectors exceed the budget.
         """
-        device, batch = self.model.device, batch or len(self.prompts)
+        device, batch = self.model.device, min(batch or len(self.prompts), len(self.prompts))
         width = self.model.layout.n_vocab if vocabulary is None else len(vocabulary.weight)
         if device.type != "cuda" or n > self._chunk(len(self.residual) - 1 - layer, 3 * width):
             return None
-        given = torch.zeros(n, self.model.d_model, device=device, requires_grad=True)
-        loss = self._fixed(layer, mode, vocabulary, batch)
-        graph = torch.cuda.make_graphed_callables(loss, (given, torch.arange(batch, device=device)))
-        # The next call writes where this one's result lies: hand out a copy.
-        return lambda vectors, order: graph(vectors.to(device), order.to(device)).clone().to(vectors.device)
+        key = n, layer, mode, id(vocabulary), batch
+        if key not in self._graphs:
+            given = torch.zeros(n, self.model.d_model, device=device, requires_grad=True)
+            loss = self._fixed(layer, mode, vocabulary, batch)
+            graph = torch.cuda.make_graphed_callables(loss, (given, torch.arange(batch, device=device)))
+            # The next call writes where this one's result lies: hand out a copy. The vocabulary must live as long.
+            self._graphs[key] = vocabulary, lambda vectors, order: (
+                graph(vectors.to(device), order.to(device)).clone().to(vectors.device))
+        return self._graphs[key][1]
+
+    @cached_property
+    def _graphs(self) -> dict:
+        return {}
 
     def _fixed(self, layer, mode, vocabulary, batch):
         """Return ``take(order).loss(vectors)`` as a function whose shapes don't depend on which prompts are taken.
@@ -266,6 +271,8 @@ class Site:
 
     def _picked(self, layer: int, order, **more) -> "Site":
         """Take some prompts, as far as the blocks after ``layer`` need them."""
+        seen = {}
+
         def picked(each, change):
             return tuple(one if i < layer else change(one) for i, one in enumerate(each))
 
@@ -273,7 +280,7 @@ class Site:
             self, **more, residual=picked(self.residual, lambda stream: stream[order]),
             frozen=_Frozen(picked(self.frozen.layers, lambda kept: tuple(part[order] for part in kept))),
             given=picked(self.given, lambda one: _changed(
-                one, lambda value: _rows(value, len(self.prompts), order))),
+                one, lambda value: _rows(value, len(self.prompts), order), seen)),
         )  # fmt: skip
 
     def _chunk(self, blocks: int, width: int) -> int:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -106,7 +106,7 @@ class Sae:
 
     def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Return what the activation function is applied to, for raw activations ``x``."""
-        return x.to(self.W_enc.dtype) @ self.W_enc + self.b_enc
+        return x.to(self.W_enc) @ self.W_enc + self.b_enc
 
     def act(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
         """Apply the SAE's own activation; the gradient is 1 where a latent fires and 0 elsewhere."""
@@ -121,7 +121,16 @@ class Sae:
 
     def decode(self, codes: Float[Tensor, "*batch d_sae"], bias: bool = True) -> Float[Tensor, "*batch d_in"]:
         """Return the raw activations that ``codes`` stand for, with or without the decoder bias."""
+        codes = codes.to(self.W_dec)
         return codes @ self.W_dec + self.b_dec if bias else codes @ self.W_dec
+
+    def to(self, device: torch.device | str) -> "Sae":
+        """Return the SAE on another device; itself where it is there already."""
+        if self.W_dec.device == torch.device(device):
+            return self
+        own = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        own.pop("decoder_directions", None)  # computed again where it is asked for
+        return replace(self, **own)
 
 
 def load(model: Model, sae_set: str | Path, layer: int, allow_other_model: bool | None = None) -> Sae:
