@@ -237,8 +237,10 @@ def load(name: str = "gemma-3-270m", device: str | None = None, dtype: torch.dty
     n_vocab = hf.config.get_text_config().vocab_size
     if len(tokenizer) < n_vocab // 2:  # transformers makes up an empty one where files are missing
         raise ModelError(f"{folder} has no tokenizer for its {n_vocab:,} tokens: save the model's tokenizer beside it.")
+    if not tokenizer.is_fast:
+        raise ModelError(f"The tokenizer of {name!r} cannot say where its tokens begin and end; use another model.")
     hf = hf.to(device).eval().requires_grad_(False)
-    model = Model(name, hf, tokenizer, sha256 or _revision(name, getattr(config, "_commit_hash", None)))
+    model = Model(name, hf, tokenizer, sha256 or _revision(name) or f"hub:{name}")
     return model if name in EMBEDDED and _tested_here(model.device) else _self_tested(model)
 
 
@@ -256,9 +258,12 @@ def _self_tested(model: Model) -> Model:
     return model
 
 
-def _revision(name: str, commit: str | None) -> str:
-    """Return what stands for the hash of weights from a hub: their name and commit."""
-    return f"hub:{name}@{commit}" if commit else f"hub:{name}"
+def _revision(name: str) -> str | None:
+    """Return what stands for the hash of weights from a hub: their name and commit; None if they are not here."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(name, "config.json")
+    return f"hub:{name}@{Path(config).parent.name}" if isinstance(config, str) else None
 
 
 def cache_dir() -> Path:
@@ -274,12 +279,7 @@ def sha256(name: str) -> str | None:
     folder = cache_dir() / "models" / name if name in EMBEDDED else Path(name)
     if folder.is_dir():
         return _verified(folder, name)
-    if name.count("/") != 1:
-        return None
-    from huggingface_hub import try_to_load_from_cache
-
-    config = try_to_load_from_cache(name, "config.json")
-    return _revision(name, Path(config).parent.name) if isinstance(config, str) else None
+    return _revision(name) if name.count("/") == 1 else None
 
 
 def _converted(name: str) -> Path:

@@ -56,8 +56,7 @@ def encode(tokenizer, shots, query, template: Template = ARROW) -> Prompt:
         separator_ends.append(len(text))
         text += f" {pair.y}"
         output_ends.append(len(text))
-    ids, offsets = _tokens(tokenizer, text)
-    ends = {end: index for index, (start, end) in enumerate(offsets) if end > start}
+    ids, ends = _read(tokenizer, text)
     try:
         separators = tuple(ends[end] for end in separator_ends)
         outputs = tuple(ends[end] for end in output_ends)
@@ -72,11 +71,15 @@ def encode(tokenizer, shots, query, template: Template = ARROW) -> Prompt:
 
 
 def _answer(tokenizer, head: str, answer: str, n_head: int) -> tuple[int, ...]:
-    return tuple(_tokens(tokenizer, f"{head} {answer}")[0][n_head:])
+    return tuple(_read(tokenizer, f"{head} {answer}")[0][n_head:])
 
 
-def _tokens(tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Return the ids of a text and their offsets in it; what the tokenizer adds itself (BOS) spans no text."""
+def _read(tokenizer, text: str) -> tuple[list[int], dict[int, int]]:
+    """Return the ids of a text and {end of a token: its index}.
+
+    What the tokenizer adds itself spans no text; what it appends (EOS) is left out. Raises TaskError for a special
+    token in the text.
+    """
     encoded = tokenizer(text, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     special = _special(tokenizer)
@@ -84,7 +87,8 @@ def _tokens(tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         if index in special and end > start:
             token = tokenizer.convert_ids_to_tokens(index)
             raise TaskError(f"The tokenizer reads {text[start:end]!r} as its special token {token}: leave that out.")
-    return ids, offsets
+    ends = {end: index for index, (start, end) in enumerate(offsets) if end > start}
+    return ids[: max(ends.values()) + 1], ends
 
 
 @functools.cache
@@ -92,6 +96,23 @@ def _special(tokenizer) -> frozenset[int]:
     """Return the ids of the tokens that control a model rather than stand for text."""
     added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return frozenset(added | set(tokenizer.all_special_ids))
+
+
+def opening(tokenizer) -> list[int]:
+    """Return the tokens with which the tokenizer begins every text: BOS, or none."""
+    ids, ends = _read(tokenizer, "a")
+    return ids[: min(ends.values())]
+
+
+def begin(tokenizer, rows):
+    """Begin rows of running text [n, tokens] as the tokenizer begins a prompt, and return them.
+
+    Its BOS takes the place of each row's first token; without a BOS, that token stays. In both cases it is the first
+    position of the model's context, which is unlike all others, and no SAE is to learn it.
+    """
+    start = opening(tokenizer)
+    rows[:, : len(start)] = start
+    return rows
 
 
 def zero_shot(tokenizer, pairs, template: Template = ARROW) -> list[Prompt]:

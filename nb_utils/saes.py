@@ -5,6 +5,7 @@ know. Weights come from safetensors, or from the npz files of Gemma Scope; the f
 are pickles go through torch's restricted unpickler, which runs no code.
 """
 
+import dataclasses
 import difflib
 import hashlib
 import json
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load as load_tensors
+from safetensors.torch import load_file
 from torch import Tensor
 
 from nb_utils import files
@@ -62,10 +63,6 @@ class SaeError(ValueError):
 
     def __init__(self, message: str):
         super().__init__("".join(char if char.isprintable() else "?" for char in message))
-
-
-class OtherHookError(SaeError):
-    """An SAE that reads something else than the residual stream."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +176,7 @@ def load(model: Model, sae_set: str | Path, layer: int, allow_other_model: bool 
     if allow_other_model is None:
         allow_other_model = os.environ.get(OTHER_MODEL) == "1"
     _check_fit(ours, sae.cfg.metadata, model, allow_other_model)
-    return ours
+    return _centred(ours) if _reads_centred(sae.cfg.metadata, model) else ours
 
 
 def layers(model: Model, sae_set: str | Path = "shipped") -> tuple[int, ...]:
@@ -222,9 +219,8 @@ def from_saelens(sae, name: str, sae_set: str, sha256: str) -> Sae:
 
     A gated SAE becomes a JumpReLU one: as both paths share their weights, the gate ``x W + b_gate > 0`` is a
     threshold on the magnitude ``exp(r) x W + b_mag`` (Rajamanoharan et al. 2024, arXiv 2404.16014). BatchTopK
-    counts as SAELens saves it for use, with the threshold that it learned in training. An SAE of a centred stream
-    (``center_writing_weights``, of models with LayerNorm) centres its input here. Raises SaeError for other
-    architectures, other hooks, unfolded normalisation and weights that are not finite.
+    counts as SAELens saves it for use, with the threshold that it learned in training. Raises SaeError for
+    other architectures, other hooks, unfolded normalisation and weights that are not finite.
     """
     cfg, architecture = sae.cfg, sae.cfg.architecture()
     if architecture not in ARCHITECTURES:
@@ -257,9 +253,6 @@ def from_saelens(sae, name: str, sae_set: str, sha256: str) -> Sae:
         W_enc, b_enc, W_dec = W_enc * norms, b_enc * norms, W_dec / norms[:, None]
     if switches[0]:  # the bias taken off the input; a threshold is on the result, so it stays
         b_enc = b_enc - b_dec @ W_enc
-    model_settings = cfg.metadata.model_from_pretrained_kwargs
-    if isinstance(model_settings, dict) and model_settings.get("center_writing_weights"):
-        W_enc = W_enc - W_enc.mean(0)
     tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec, "threshold": threshold}
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise SaeError(f"{name} is damaged: it holds weights that are not finite numbers; fetch it again.")
@@ -366,11 +359,8 @@ def _folder_layers(root: Path) -> dict[int, list[Path]]:
         return {_layer_of_hook(_hook_name(config), root): [root]}
     found: dict[int, list[Path]] = {}
     for folder in sorted(path.parent for path in root.glob(f"[!.]*/{CONFIG}")):
-        try:
-            layer = _layer_of_hook(_hook_name(_config(folder)), folder)
-        except OtherHookError:
-            continue
-        found.setdefault(layer, []).append(folder)
+        if (layer := _block(_hook_name(_config(folder)))) is not None:
+            found.setdefault(layer, []).append(folder)
     if not found:
         inside = [root, *sorted(path for path in root.glob("[!.]*") if path.is_dir())]
         foreign = [folder for folder in inside if any((folder / name).is_file() for name in FOREIGN)]
@@ -409,11 +399,16 @@ def _hook_name(config: dict) -> object:
     return next((place for place in places if place), None)
 
 
-def _layer_of_hook(hook: object, where: object) -> int:
+def _block(hook: object) -> int | None:
+    """Return the block whose output a hook on the residual stream reads; None for any other hook."""
     match = HOOK.fullmatch(hook) if isinstance(hook, str) else None
     layer = int(match[1]) - (match[2] == "pre") if match else -1
-    if layer < 0:
-        raise OtherHookError(
+    return layer if layer >= 0 else None
+
+
+def _layer_of_hook(hook: object, where: object) -> int:
+    if (layer := _block(hook)) is None:
+        raise SaeError(
             f"{where} reads {hook!r}: only SAEs on blocks.L.hook_resid_post work here, or on "
             "hook_resid_pre of block 1 and up."
         )
@@ -433,7 +428,7 @@ def _read_folder(folder: Path):
     if not (folder / WEIGHTS).is_file():
         raise SaeError(_weightless(folder))
     try:
-        tensors = {name: tensor.float() for name, tensor in load_tensors((folder / WEIGHTS).read_bytes()).items()}
+        tensors = {name: tensor.float() for name, tensor in load_file(folder / WEIGHTS).items()}
     except Exception as error:  # a damaged file can fail anywhere inside the reader, with any type
         raise SaeError(f"{folder / WEIGHTS} is damaged ({_reason(error)}): fetch it again.") from error
     config, tensors = _vetted(folder, config, tensors)
@@ -541,6 +536,18 @@ def _check_fit(sae: Sae, metadata, model: Model, allow_other_model: bool) -> Non
             f"{sae.name} was trained on {trained_on}, not on {model.name!r}: use an SAE of this model, "
             f"or set {OTHER_MODEL}=1 if you mean it (in Python: allow_other_model=True)."
         )
+
+
+def _reads_centred(metadata, model: Model) -> bool:
+    """Tell whether an SAE was trained without the stream's mean, which TransformerLens takes off before LayerNorms."""
+    settings = metadata.model_from_pretrained_kwargs
+    asked = isinstance(settings, dict) and settings.get("center_writing_weights")
+    return bool(asked) and any(isinstance(module, torch.nn.LayerNorm) for module in model.hf.modules())
+
+
+def _centred(sae: Sae) -> Sae:
+    """Return an SAE that takes the mean off its input itself."""
+    return dataclasses.replace(sae, W_enc=sae.W_enc - sae.W_enc.mean(0))
 
 
 def _plain(model_name: str) -> str:

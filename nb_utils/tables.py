@@ -63,7 +63,8 @@ def provenance(
 
     ``parameters``: the notebook's, as JSON values. ``sae_sha256``: {layer: hash of the SAE's weights}. ``inputs``:
     {stem: `fingerprint`} of the tables that were read. Adds the hash of the files of the parameters ``task`` (or
-    ``tasks``) and ``text``, and the versions of Python and of the packages that compute. `save` adds the code.
+    ``tasks``) and ``text``, and the versions of Python and of the packages that compute; ``dtype`` if NB_DTYPE
+    sets that of the weights. `save` adds the code.
     """
     return {
         "parameters": dict(parameters),
@@ -72,6 +73,7 @@ def provenance(
         "data_sha256": data_sha256(parameters),
         "inputs": dict(sorted((inputs or {}).items())),
         "versions": versions(),
+        **({"dtype": dtype} if (dtype := os.environ.get("NB_DTYPE")) else {}),
     }
 
 

@@ -1,5 +1,6 @@
 """Models: every name, every damaged file, and the engine against TransformerLens on the real weights."""
 
+import dataclasses
 import functools
 import hashlib
 import os
@@ -18,7 +19,7 @@ import pytest
 import torch
 from tokenizers import pre_tokenizers
 
-from nb_utils import engine, models, prompts, tasks
+from nb_utils import engine, models, prompts, selftest, tasks
 from nb_utils.models import ModelError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -358,6 +359,120 @@ def test_another_dtype_is_another_tree_and_the_same_dtype_shares_the_tensors(tin
     torch.testing.assert_close(tiny.hf(ids).logits, before)
     off = (half.hf(ids).logits.float() - before).norm() / before.norm()
     assert 0 < off < 0.05
+
+
+# --- any other model: exact, or one sentence -------------------------------------------------------------------
+
+
+def saved(folder, kind, **more):
+    """Save a tiny random model of a class, norms near one, with the tokenizer of ``tiny``."""
+    import transformers
+
+    sizes = dict(
+        vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=256, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+    )  # fmt: skip
+    known = getattr(transformers, f"{kind}Config")
+    config = known(**{name: value for name, value in sizes.items() if hasattr(known(), name)} | more)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        hf = transformers.AutoModelForCausalLM.from_config(config)
+        for parameter in hf.parameters():
+            noise = torch.randn(parameter.shape)
+            parameter.data = 0.25 * noise if parameter.ndim > 1 else parameter.data + 0.2 * noise
+    hf.save_pretrained(folder)
+    models.load("tiny").tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_class_that_the_engine_does_not_replay_is_one_sentence_unless_taken_on_trust(tmp_path, monkeypatch):
+    name = saved(tmp_path, "Mamba")
+    message = refused(models.load, name)
+    assert "MambaForCausalLM" in message and "cannot replay" in message
+    monkeypatch.setenv("NB_SELF_TEST", "0")
+    assert models.load(name).n_layers == 4
+
+
+@pytest.mark.parametrize("wrong", [{"scale": 1.1}, {"cap": 5.0}, {"norm": torch.nn.Identity()}])
+def test_the_test_at_load_finds_a_layout_that_is_wrong(tmp_path, wrong):
+    model = models.load(saved(tmp_path, "GPTNeoX"))
+    selftest.check(model)
+    model.__dict__["layout"] = dataclasses.replace(model.layout, **wrong)
+    assert "is a GPTNeoXForCausalLM, on which the engine is not exact" in refused(selftest.check, model)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_the_test_at_load_passes_in_every_precision(tmp_path, monkeypatch, dtype):
+    monkeypatch.setenv("NB_DTYPE", dtype)
+    model = models.load(saved(tmp_path, "Llama"))
+    assert model.dtype == getattr(torch, dtype)
+    assert (model.fast() is model) == (model.dtype.itemsize < models.fast_dtype(model.device).itemsize)
+
+
+def test_a_biased_unembedding_is_read_with_its_bias_in_losses_vocabularies_and_log_probabilities(tmp_path):
+    model = models.load(saved(tmp_path, "Phi"))
+    assert model.layout.head.bias.norm() > 1
+    pairs = [tasks.Pair("hot", "cold", ("cold",)), tasks.Pair("up", "low", ("low",))]
+    batch = prompts.zero_shot(model.tokenizer, pairs)
+    site, vectors = engine.Site.prepare(model, batch), torch.randn(2, model.d_model)
+    whole = engine.vocabulary(site, keep=10**6)
+    torch.testing.assert_close(site.loss(vectors, 1, vocabulary=whole), site.loss(vectors, 1))
+    nll = site.evaluate(vectors, 1).nll
+    first = site.log_probs(vectors, 1).gather(-1, torch.tensor([p.answer[0] for p in batch]).expand(2, -1)[..., None])
+    torch.testing.assert_close(-first[..., 0], nll[..., 0], atol=1e-4, rtol=0)
+
+
+def test_transformer_lens_finds_the_same_parts(tmp_path):
+    for kind in ("GPT2", "GPTNeoX", "OPT", "Phi", "Llama"):
+        model = models.load(saved(tmp_path / kind, kind))
+        mapping, modules = model.bridge.adapter.component_mapping, dict(model.hf.named_modules())
+        assert modules[mapping["blocks"].name] is model.layout.blocks, kind
+        assert modules[mapping["ln_final"].name] is model.layout.norm, kind
+        assert modules[mapping["unembed"].name] is model.layout.head, kind
+
+
+def test_a_bridge_that_computes_other_logits_is_refused_in_a_sentence(tmp_path):
+    model = models.load(saved(tmp_path, "Cohere2"))
+    with pytest.raises(ModelError, match=r"^TransformerLens computes other logits for .*Cohere2ForCausalLM.*\.$"):
+        _ = model.bridge
+
+
+@pytest.mark.parametrize(
+    "kind, rope",
+    [("Llama", {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 20}),
+     ("GPT2", None)],
+)  # fmt: skip
+def test_a_prompt_beyond_the_context_is_refused_in_a_sentence(tmp_path, kind, rope):
+    more = {"rope_parameters": rope} if rope else {"max_position_embeddings": 20}
+    model = models.load(saved(tmp_path, kind, **more))
+    pairs = [tasks.Pair("hot", "cold", ("cold",)), tasks.Pair("big", "small", ("small",))]
+    short, long = prompts.zero_shot(model.tokenizer, pairs), prompts.few_shot(model.tokenizer, pairs, pairs, 1, seed=0)
+    engine.Site.prepare(model, short)
+    for run in (engine.Site.prepare, lambda m, p: engine.residuals(m, p, [(1,)] * len(p), [1])):
+        with pytest.raises(ValueError, match=r"A prompt of 2\d tokens is longer than the 20 up to which .* is exact"):
+            run(model, long)
+
+
+def test_soft_caps_of_attention_are_left_to_code_that_knows_them(tmp_path):
+    model = models.load(saved(tmp_path, "Gemma2", attn_logit_softcapping=2.0))
+    assert model.hf.config._attn_implementation == model.to(torch.float64).hf.config._attn_implementation == "eager"
+
+
+def test_an_unknown_precision_is_refused_with_those_that_there_are(monkeypatch):
+    monkeypatch.setenv("NB_DTYPE", "int8")
+    assert "float32, bfloat16, float16, float64" in refused(models.load, "tiny")
+
+
+def test_a_model_of_a_hub_is_known_by_its_commit(own, tmp_path, monkeypatch):
+    commit, home = "0123456789abcdef0123456789abcdef01234567", tmp_path / "hub/models--nobody--toy"
+    (home / "snapshots").mkdir(parents=True)
+    own.rename(home / "snapshots" / commit)
+    (home / "refs").mkdir()
+    (home / "refs/main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert models.load("nobody/toy").sha256 == models.sha256("nobody/toy") == f"hub:nobody/toy@{commit}"
+    assert models.sha256("nobody/else") is None
 
 
 # --- the real models -------------------------------------------------------------------------------------------

@@ -1,8 +1,12 @@
 """Prompts: the tokens that matter are found by character offsets, for every tokenizer and any text."""
 
+import json
+
+import numpy as np
 import pytest
-from tokenizers import processors
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nb_utils import models, prompts, tasks
 from nb_utils.prompts import Template
@@ -179,10 +183,50 @@ def test_text_that_the_tokenizer_takes_for_a_special_token_is_refused(tokenizer,
     assert control in str(said.value) and "\n" not in str(said.value)
 
 
-def test_tokens_that_the_tokenizer_adds_itself_are_no_text():
-    tokenizer = models.load("tiny").tokenizer
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A <eos>", special_tokens=[("<bos>", 2), ("<eos>", 1)]
-    )
-    prompt = prompts.encode(tokenizer, [], pair("a", "b"))
-    assert (prompt.ids[0], prompt.ids[-1]) == (2, 1)
+# --- tokenizers of other habits --------------------------------------------------------------------------------
+
+
+def habit(single: str = "<bos> $A", merge: tuple[str, str] | None = None):
+    """Return the byte tokenizer with another frame around a text, or with two bytes that it always merges."""
+    plain = models.load("tiny").tokenizer
+    data = json.loads(plain.backend_tokenizer.to_str())
+    if merge:
+        data["model"]["vocab"]["".join(merge)] = len(data["model"]["vocab"])
+        data["model"]["merges"] = [list(merge)]
+        data["pre_tokenizer"]["use_regex"] = False
+    core = Tokenizer.from_str(json.dumps(data))
+    core.post_processor = TemplateProcessing(single=single, special_tokens=[("<bos>", 2), ("<eos>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>")
+
+
+@pytest.mark.parametrize("single, bos", [("$A", 0), ("<bos> $A <eos>", 1), ("$A <eos>", 0)])
+def test_a_tokenizer_without_bos_or_with_eos_appended_gives_the_same_prompt_but_for_its_bos(single, bos):
+    shots, query = PAIRS[:3], pair("big", "small", "little")
+    usual = prompts.encode(models.load("tiny").tokenizer, shots, query)
+    ours = prompts.encode(habit(single), shots, query)
+    assert ours.ids == usual.ids[1 - bos :]
+    assert ours.answer == usual.answer and ours.accepted == usual.accepted
+    assert [i + 1 - bos for i in ours.separators] == list(usual.separators)
+    assert [i + 1 - bos for i in ours.outputs] == list(usual.outputs)
+
+
+@pytest.mark.parametrize("merge", [(">", "Ġ"), ("d", "Ċ")])
+def test_a_tokenizer_that_merges_the_separator_or_an_answer_with_what_follows_is_refused_in_a_sentence(merge):
+    with pytest.raises(ValueError, match=r"merges the separator ' ->' or an answer with what follows"):
+        prompts.encode(habit(merge=merge), [pair("hot", "cold")], pair("big", "small"))
+
+
+def test_a_tokenizer_that_merges_the_separator_with_its_own_parts_or_splits_it_is_taken():
+    for merge in (None, ("-", ">"), ("Ġ", "-")):
+        read = prompts.encode(habit(merge=merge), [pair("hot", "cold")], pair("big", "small"))
+        assert len(read.separators) == 2 and read.answer == tuple(habit(merge=merge)(" small").input_ids[1:])
+
+
+@pytest.mark.parametrize("single, start", [("<bos> $A", [2]), ("$A", []), ("$A <eos>", []), ("<eos> <bos> $A", [1, 2])])
+def test_rows_of_text_begin_as_prompts_do(single, start):
+    tokenizer, rows = habit(single), np.arange(10, 22).reshape(3, 4)
+    assert prompts.opening(tokenizer) == start
+    prompt = prompts.encode(tokenizer, [], pair("hot", "cold"))
+    assert list(prompt.ids[: len(start)]) == start
+    begun = prompts.begin(tokenizer, rows.copy())
+    assert (begun[:, : len(start)] == start).all() and (begun[:, len(start) :] == rows[:, len(start) :]).all()

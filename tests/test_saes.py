@@ -225,11 +225,15 @@ def test_thresholds_stored_as_logarithms_are_thresholds(tmp_path, tiny):
     close(saes.load(tiny, folder, 2).encode(x), theirs.encode(x).detach())
 
 
-def test_an_sae_of_the_centred_stream_centres_its_input():
+def test_an_sae_of_the_centred_stream_centres_its_input_where_the_model_has_a_stream_to_centre(tmp_path, tiny):
     theirs = random_saelens("topk", apply_b_dec_to_input=True)
     theirs.cfg.metadata.model_from_pretrained_kwargs = {"center_writing_weights": True}
+    theirs.save_model(tmp_path)
     x = 3 * torch.randn(9, D_IN) + 5
-    close(view(theirs).encode(x), theirs.encode(x - x.mean(1, keepdim=True)).detach())
+    centred = theirs.encode(x - x.mean(1, keepdim=True)).detach()
+    with_layer_norm = SimpleNamespace(name="tiny", d_model=D_IN, n_layers=6, hf=torch.nn.LayerNorm(D_IN))
+    close(saes.load(with_layer_norm, tmp_path, 2).encode(x), centred)
+    close(saes.load(tiny, tmp_path, 2).encode(x), theirs.encode(x).detach())  # RMSNorm: nothing was taken off
 
 
 def test_unused_factors_are_dropped_and_other_tensors_named(tmp_path, tiny):

@@ -3,7 +3,6 @@
 The table is made anew only if a table that it reads, the claims or their code have changed.
 """
 
-import hashlib
 from pathlib import Path
 
 from nb_utils import ledger, sources, tables
@@ -17,7 +16,7 @@ def origin(book: Book, stems: list[str]) -> dict[str, object]:
     read = [one for stem in stems for one in tables.origins(stem, book.model, book.folder)]
     saes = {int(layer): sha256 for one in read for layer, sha256 in one["sae_sha256"].items()}
     inputs = {stem: tables.fingerprint(stem, book.model, book.folder) for stem in stems}
-    settings = {"claims_sha256": hashlib.sha256(ledger.FILE.read_bytes()).hexdigest()}
+    settings = {"claims": {claim.id: f"{claim.number} {claim.holds}" for claim in ledger.entries()}}
     return tables.provenance(settings, read[0]["model_sha256"] if read else "", saes, inputs)
 
 

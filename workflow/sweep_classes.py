@@ -6,6 +6,7 @@ Each class runs in a process of its own, with a bound on memory and time.
 
     python -m workflow.sweep_classes              # all: about twenty minutes of one core
     python -m workflow.sweep_classes gpt2 gemma3  # some, printed only
+    python -m workflow.sweep_classes --page       # the file's table into the page *Reproduce*
 """
 
 import json
@@ -24,6 +25,7 @@ from nb_utils import engine, files, models, prompts
 from nb_utils.tasks import Pair
 
 TABLE = Path(__file__).resolve().parents[1] / "data" / "classes.json"
+PAGE = Path(__file__).resolve().parents[1] / "book" / "reproduce.md"
 MEMORY, SECONDS = 6 << 30, 300  # what one class may take
 FAMILIES = (  # in every run of the suite
     "bloom", "cohere", "falcon", "gemma2", "gemma3", "gpt2", "gpt_neox", "gptj", "granite", "mamba", "opt", "phi",
@@ -231,9 +233,28 @@ def sweep(types) -> dict:
     return found
 
 
+def rendered(table: dict) -> str:
+    """Return the table as Markdown for the page *Reproduce*: the model types of each verdict."""
+    lines = ["| | `model_type` |", "| --- | --- |"]
+    for verdict in ("exact", "refused", "untested"):
+        types = [f"`{name}`" for name, found in sorted(table["classes"].items()) if found["verdict"] == verdict]
+        lines.append(f"| {verdict} | {', '.join(types)} |")
+    return "\n".join(lines)
+
+
+def show() -> None:
+    """Put the table into the page in place of the one that is there."""
+    head = "| | `model_type` |\n"
+    before, _, rest = PAGE.read_text().partition(head)
+    after = rest[rest.index("\n\n") :]
+    PAGE.write_text(before + rendered(json.loads(TABLE.read_text())) + after)
+
+
 def main(types) -> None:
     import transformers
 
+    if types == ["--page"]:
+        return show()
     torch.set_num_threads(1)
     found = sweep(types)
     if not types:
