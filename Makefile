@@ -16,7 +16,8 @@ MEMORY ?= $(shell echo $$(( $$(getconf _PHYS_PAGES) * $$(getconf PAGE_SIZE) / 40
 export BOOK_TASKS = $(value TASKS)
 export BOOK_MODEL = $(value MODEL)
 export BOOK_SAE_SET = $(value SAES)
-# A terminal that has no character for something shows a question mark.
+# Files and paths are UTF-8; a terminal that has no character for something shows a question mark.
+export PYTHONUTF8 := 1
 export PYTHONIOENCODING := $(shell echo "$${PYTHONIOENCODING%%:*}"):replace
 BIN := .venv/bin
 SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --profile workflow/profiles/local \

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -62,6 +63,31 @@ def test_a_failed_write_leaves_nothing_behind(exported, tmp_path, monkeypatch):
     with pytest.raises(ExportError, match="No space left"):
         exports.save(exported, tmp_path / "vector")
     assert list(tmp_path.iterdir()) == []
+
+
+NAMES = [
+    "$(touch INJECTED)", "a; b", "it's \"q\"", "{x} [a]*", "<img src=x>", "two words é", "שלום \u202eabc", "日本語",
+    "-p", "a\nb",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_of_any_name_is_written_and_read(exported, tmp_path, name):
+    folder = exports.save(exported, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and exports.load(folder).card == exported.card
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300, "/dev/null/x", "/proc/x", "/", ".", ".."])
+def test_a_folder_that_cannot_be_is_refused_in_one_sentence_and_soon(exported, name):
+    start = time.monotonic()
+    with pytest.raises(ExportError, match=r"could not be written|exists already") as caught:
+        exports.save(exported, name)
+    assert "\n" not in str(caught.value) and time.monotonic() - start < 30
+
+
+def test_a_tilde_is_the_home(exported, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert exports.save(exported, "~/v") == tmp_path / "v" and exports.load("~/v").card == exported.card
 
 
 @pytest.mark.parametrize("name", ["", "  "])

@@ -121,3 +121,54 @@ def test_the_command_refuses_a_file_that_is_no_notebook(tmp_path, capsys):
     (tmp_path / "01.ipynb").write_text("no notebook")
     assert runs.main([str(tmp_path / "01.ipynb"), "-o", str(tmp_path / "out.ipynb")]) == 1
     assert "is not a notebook" in capsys.readouterr().err
+
+
+def test_a_notebook_without_a_kernel_runs_and_braces_in_a_path_are_braces(notebook, tmp_path):
+    path = notebook()
+    bare = nbformat.read(path, as_version=4)
+    bare.metadata.clear()
+    bare_path = tmp_path / "{task} {x}.ipynb"
+    nbformat.write(bare, bare_path)
+    output = tmp_path / "{seed}/{task}.ipynb"
+    runs.execute(bare_path, {"task": "en_es"}, output)
+    assert left_in(output.parent) == ["{task}.ipynb"]
+
+
+def test_parameters_that_are_not_python_are_named(notebook):
+    path = notebook()
+    broken = nbformat.read(path, as_version=4)
+    broken.cells[1].source = "task = 1\n2 +"
+    nbformat.write(broken, path)
+    with pytest.raises(runs.RunError, match=r"01_run.ipynb: line 2 of its parameters is not Python\.$"):
+        runs.known_parameters(path)
+
+
+def test_a_log_that_cannot_be_written_is_named(notebook, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(runs.RunError, match=r"^The log \S+/file/run.log could not be written"):
+        runs.execute(notebook(), {}, tmp_path / "out/run.ipynb", tmp_path / "file/run.log")
+
+
+def test_ctrl_c_ends_a_run_with_one_line(notebook, tmp_path):
+    started = tmp_path / "started"
+    slow = notebook(f"import pathlib, time\npathlib.Path({str(started)!r}).touch()\ntime.sleep(60)")
+    command = [sys.executable, "-m", "nb_utils.runs", str(slow), "-o", str(tmp_path / "out/run.ipynb")]
+    process = subprocess.Popen([*command, "--log", str(tmp_path / "log")], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not started.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and said == "01_run · run: stopped, and nothing of it is kept\n"
+    assert left_in(tmp_path / "out") == []
+
+
+OLD = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize("terminal, task", [({"PYTHONIOENCODING": "ascii"}, "日本"), (OLD, "en_es")])
+def test_a_terminal_without_the_characters_shows_question_marks(notebook, tmp_path, terminal, task):
+    command = [sys.executable, "-m", "nb_utils.runs", str(notebook()), "-p", "task", task]
+    command += ["-o", str(tmp_path / "out/run.ipynb"), "--log", str(tmp_path / "log")]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, **terminal})
+    assert done.returncode == 0 and done.stdout.startswith(b"01_run ? ") and b"Traceback" not in done.stderr

@@ -47,6 +47,21 @@ def test_tasks_are_put_together_in_the_order_of_their_names(tmp_path):
     assert tables.names(STEM, folder=tmp_path) == ["antonyms", "capitals", "plurals"]
 
 
+def test_tables_of_other_saes_lie_apart_and_latents_of_others_are_never_read(tmp_path):
+    def save(sae_set, sha256, task="antonyms"):
+        origin = {"parameters": {"sae_set": sae_set}, "sae_sha256": {"8": sha256}}
+        return tables.save(made(task), STEM, task, origin, tmp_path)
+
+    one, two = save("shipped", "a"), save("gemma-scope", "b")
+    assert (one.parent.name, two.parent.name) == (tables.MODEL, f"{tables.MODEL}+gemma-scope")
+    assert all(len(tables.load(STEM, folder=tmp_path, sae_set=name)) == 1 for name in ("shipped", "gemma-scope"))
+    save("shipped", "c", "capitals")
+    tables.check_saes(STEM, {8: "b", 3: "z"}, folder=tmp_path, sae_set="gemma-scope")
+    tables.check_saes(STEM, {8: "a"}, folder=tmp_path, task="antonyms")
+    with pytest.raises(TableError, match=r"capitals.parquet names latents of another SAE after block 8 than .* run 01"):
+        tables.check_saes(STEM, {8: "a"}, folder=tmp_path)
+
+
 def test_types_do_not_depend_on_which_values_a_task_happens_to_have(tmp_path):
     saved(tmp_path, "antonyms")
     saved(tmp_path, "plurals", k=5, l0=5, penalty=0.1)

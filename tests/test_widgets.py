@@ -66,6 +66,9 @@ STEER = {"what": "view", "task": "antonyms", "layer": 2, "latent": 3, "scale": 0
         ({"latent": None}, "type the number of a latent"), ({"layer": 9}, "There is no SAE after block 9"),
         ({"latent": -1}, "no tables of 02_cleanup_features"), ({"task": "antonym"}, "Did you mean 'antonyms'"),
         ({"what": "weather"}, "knows no question 'weather'"), ({"scale": "wide"}, "is a finite number"),
+        ({"scale": float("nan")}, "is a finite number"), ({"scale": float("inf")}, "is a finite number"),
+        ({"scale": True}, "is a finite number"), ({"latent": True}, "type the number of a latent"),
+        ({"layer": True}, "There is no SAE after block True"),
     ],
 )  # fmt: skip
 def test_a_wrong_question_to_the_steering_control_is_answered_by_a_sentence(backend, change, says):
@@ -74,6 +77,19 @@ def test_a_wrong_question_to_the_steering_control_is_answered_by_a_sentence(back
         question.pop("example")
     reply = asked(widgets.steering("tiny", backend), **question)
     assert says in reply["error"] and "\n" not in reply["error"]
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_words_stand_where_a_control_cannot_be_drawn(build, monkeypatch):
+    shown = []
+    monkeypatch.setattr(widgets, "display", lambda found, raw=False: shown.append(found))
+    widget = build()
+    widget._ipython_display_()
+    words, control = shown
+    assert "Run &gt; Run All Cells" in words.data and f'data-words="{widget.mark}"' in words.data
+    assert control["application/vnd.jupyter.widget-view+json"]["model_id"] == widget.mark
+    numbers = {widgets.steering: " nats unsteered; at best ", widgets.token_strip: "detector ", widgets.workbench: ""}
+    assert numbers[build] in words.data
 
 
 def test_the_steering_control_answers_what_the_modules_compute(backend):
