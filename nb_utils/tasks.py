@@ -375,8 +375,8 @@ def _zipped(where: str, record: _Entries) -> list[tuple]:
         raise TaskError(f"{where} has {len(x)} of {keys[0]!r} and {len(y)} of {keys[1]!r}: give one for each.")
     if any(_nested(value) or (isinstance(value, list) and len(value) >= MIN_PAIRS) for _, value in record.entries):
         raise TaskError(
-            f"{where} holds lists or objects as {_listed(found)}: call two that are columns input and output, or a "
-            f"list of pairs {HOLDERS[0]}."
+            f'{where} holds lists or objects as {_listed(found)}: call two that are columns "input" and "output", or a '
+            f'list of pairs "{HOLDERS[0]}".'
         )
     return record.entries
 

@@ -254,7 +254,7 @@ def test_a_path_as_text_works_from_the_current_folder(tmp_path, monkeypatch):
         (json.dumps({"a": "b", "x": ""}).encode(), 'entry 2 (input "x"): the answer must be'),
         (json.dumps({"x": True}).encode(), 'string or a number, not true: put it in quotes'),
         (b'{"x": NaN}', "not NaN"),
-        (json.dumps({"x": {"y": "z"}}).encode(), 'as "x": call two that are columns input and output'),
+        (json.dumps({"x": {"y": "z"}}).encode(), 'as "x": call two that are columns "input" and "output"'),
         (json.dumps({"x": "y\0"}).encode(), "the answer holds a control character"),
         (json.dumps({"x": []}).encode(), "the list of accepted answers is empty"),
         (json.dumps({"x": ["y", None]}).encode(), "not null"),
