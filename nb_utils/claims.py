@@ -53,11 +53,11 @@ class Choices:
 # Each of the reasonable other choices, alone.
 OTHERWISE = {
     "each block by test loss": {"block": "test"},
-    "all at the pruned vector's block": {"block": "shared"},
+    "all at one block": {"block": "shared"},
     "5 features": {"k": 5},
     "10 features": {"k": 10},
     "30 features": {"k": 30},
-    "task vectors replace the stream": {"mode": "replace"},
+    "replacing task vectors": {"mode": "replace"},
     "first seed only": {"seeds": "first"},
     "families resampled": {"over": "families"},
     "median task": {"over": "median"},

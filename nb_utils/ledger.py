@@ -115,7 +115,8 @@ class Row:
         """The interval over families, as text; a dash where there are too few."""
         if self.families is None:
             return "–"
-        return self.claim.written(self.families.mean, self.families.low, self.families.high).partition(" [")[2][:-1]
+        written = self.claim.written(self.families.mean, self.families.low, self.families.high)
+        return written[written.index("[") :]
 
 
 def read(path: Path = FILE) -> dict:
@@ -169,14 +170,23 @@ def table(judged: Mapping[str, Row], links: bool = False) -> Styler:
         claim = f"{escape(row.claim.claim)} ({row.claim.source})"
         if row.number is None or not links:
             claim = f"<b>{claim}</b><br>{escape(row.decides)}"
-        line = {"claim": claim, "verdict": row.verdict, "our number [95 %]": str(row), "asked": escape(row.asked)}
-        line["tasks"] = row.on_side.replace(" ", "\N{NO-BREAK SPACE}")
+        line = {"claim": claim, "verdict": row.verdict, "our number [95 %]": _unbroken(row), "asked": escape(row.asked)}
+        line["tasks"] = _unbroken(row.on_side)
         if links:
-            line["over families"] = row.over_families
+            line["over families"] = _unbroken(row.over_families)
             line["page"] = f'<a href="{row.claim.page}.html">{row.claim.page[:2]}</a>'
         lines.append(line)
-    wrapped = {"selector": "td", "props": "white-space: normal; vertical-align: top"}
-    return plots.table(pd.DataFrame(lines)).set_table_styles([wrapped], overwrite=False)
+    return _wrapped(pd.DataFrame(lines))
+
+
+def _wrapped(frame: pd.DataFrame) -> Styler:
+    style = {"selector": "td", "props": "white-space: normal; vertical-align: top"}
+    return plots.table(frame).set_table_styles([style], overwrite=False)
+
+
+def _unbroken(text: object) -> str:
+    """Keep a number with its unit and an interval on one line each."""
+    return str(text).replace(" ", "\N{NO-BREAK SPACE}").replace("\N{NO-BREAK SPACE}[", " [")
 
 
 # Other choices
@@ -218,6 +228,15 @@ def depending(found: pd.DataFrame, path: Path = FILE) -> pd.DataFrame:
             "printed": other["claim"].map(printed["says"]), "choice": other["choice"], "verdict": other["says"],
         }
     )  # fmt: skip
+
+
+def depending_table(changed: pd.DataFrame) -> Styler:
+    """Show what `depending` returns."""
+    shown = {
+        "claim": changed["claim"].map(escape), PRINTED: changed["printed"].map(_unbroken),
+        "with another choice": changed["choice"].map(escape), "then": changed["verdict"].map(_unbroken),
+    }  # fmt: skip
+    return _wrapped(pd.DataFrame(shown))
 
 
 # Numbers in prose

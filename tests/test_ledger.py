@@ -130,7 +130,7 @@ def test_a_claim_whose_table_is_missing_says_so_and_the_others_stand(book, tmp_p
 
 
 def test_the_table_shows_numbers_bounds_and_links_and_no_markup_of_the_text(judged):
-    shown = ledger.table(judged, links=True).to_html()
+    shown = ledger.table(judged, links=True).to_html().replace("\N{NO-BREAK SPACE}", " ")
     assert '<a href="02_cleanup.html">02</a>' in shown and "&lt; " in shown
     assert str(judged["cleaning_surpasses"]) in shown and judged["cleaning_surpasses"].over_families in shown
     assert len(re.findall("<tr>", shown)) == len(judged) + 1
@@ -282,6 +282,8 @@ def test_verdicts_that_rest_on_a_choice_are_listed_with_both_numbers():
     assert (row["printed"], row["verdict"]) == (
         "holds, -2.00 nats [-3.00, -1.00]", "fails, +1.00 nats [+0.50, +2.00]"
     )  # fmt: skip
+    shown = ledger.depending_table(ledger.depending(found)).to_html().replace("\N{NO-BREAK SPACE}", " ")
+    assert all(text in shown for text in row.values())
 
 
 def test_the_table_of_choices_is_made_anew_only_if_something_it_reads_has_changed(book):
