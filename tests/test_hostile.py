@@ -186,7 +186,7 @@ def clone(tmp_path_factory):
     home = tmp_path_factory.mktemp("hostile") / "my clöne's $(touch INJECTED) {x}"
     for part in ("workflow", "data", "nb_utils", "book/experiments"):
         shutil.copytree(ROOT / part, home / part, ignore=shutil.ignore_patterns("__pycache__"))
-    sizes = {"layers": "2", "n_prompts": 2, "n_shots": 4, "n_validation": 4, "n_test": 4, "atoms": "2", "seeds": 1}
+    sizes = {"layers": "2,3", "n_prompts": 2, "n_shots": 4, "n_validation": 4, "n_test": 4, "atoms": "2,4", "seeds": 1}
     book = yaml.safe_load((home / "workflow/book.yaml").read_text())
     book |= {"parameters": {STEM: sizes}, "model": "tiny", "forked": False}
     (home / "workflow/book.yaml").write_text(yaml.safe_dump(book))
