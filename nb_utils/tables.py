@@ -107,7 +107,7 @@ def place(model: str = MODEL, sae_set: str = "shipped") -> str:
 
 
 def _name(given: str) -> str:
-    if given not in NAMED and Path(given).is_dir():
+    if given not in NAMED and os.path.isdir(given):  # False too for what no folder can be called
         return slug(Path(given).resolve().name, files.content(given))
     if re.fullmatch(r"[\w.+-]+(/[\w.+-]+)?", given, re.ASCII) and len(given) < 100 and not given.startswith("."):
         return given.replace("/", "--")  # a name of a hub has a slash, a folder must not

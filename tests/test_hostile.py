@@ -145,7 +145,7 @@ def test_a_title_shows_as_itself_in_a_figure(title):
 STEM = "01_reconstruction_loss"
 SHOWN = {"title", "origin", "licence", "x", "y", "answers"}  # attributes of tasks and pairs
 GIVEN = {"task", "model", "sae_set", "token", "steered", "title", "example", "prompt"}  # names that hold text of users
-ESCAPES = {"verbatim", "evidence.show", "escape"}
+ESCAPES = {"verbatim", "evidence.show", "evidence.links", "escape"}
 
 
 def bare(node):
@@ -154,7 +154,8 @@ def bare(node):
         name = ast.unparse(node.func)
         if name in ESCAPES or (name == "map" and ast.unparse(node.args[0]) in ESCAPES):
             return
-    if (isinstance(node, ast.Attribute) and node.attr in SHOWN) or (isinstance(node, ast.Name) and node.id in GIVEN):
+    named = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in GIVEN
+    if named or (isinstance(node, ast.Attribute) and node.attr in SHOWN):
         yield ast.unparse(node)
     for child in ast.iter_child_nodes(node):
         yield from bare(child)
@@ -185,7 +186,7 @@ def clone(tmp_path_factory):
     home = tmp_path_factory.mktemp("hostile") / "my clöne's $(touch INJECTED) {x}"
     for part in ("workflow", "data", "nb_utils", "book/experiments"):
         shutil.copytree(ROOT / part, home / part, ignore=shutil.ignore_patterns("__pycache__"))
-    sizes = {"layers": "2", "n_prompts": 2, "n_shots": 4, "n_validation": 4, "n_test": 4, "atoms": "2", "seeds": 1}
+    sizes = {"layers": "2,3", "n_prompts": 2, "n_shots": 4, "n_validation": 4, "n_test": 4, "atoms": "2,4", "seeds": 1}
     book = yaml.safe_load((home / "workflow/book.yaml").read_text())
     book |= {"parameters": {STEM: sizes}, "model": "tiny", "forked": False}
     (home / "workflow/book.yaml").write_text(yaml.safe_dump(book))
@@ -202,7 +203,7 @@ def make(home, *more, **asked):
     env = {**os.environ, "PYTHONPATH": str(home), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8:replace"}
     env |= {f"BOOK_{name.upper()}": value for name, value in asked.items()}
     done = subprocess.run(words, cwd=home, env=env, capture_output=True, text=True)
-    assert not [path for path in home.rglob("*INJECTED*")] and not (Path.cwd() / "INJECTED").exists()
+    assert not [path for path in home.rglob("INJECTED")] and not (Path.cwd() / "INJECTED").exists()
     return done.returncode, done.stdout + done.stderr
 
 
@@ -282,3 +283,36 @@ def test_what_a_run_is_of_stands_in_its_title(tmp_path):
     assert Shown(runs._described({"task": str(own)})).text == f"<b> $x$ ({tasks.load(own).name[-8:]})"
     other = {"task": "en_es", "model": "tiny", "sae_set": "random"}
     assert Shown(runs._described(other)).text == "en_es, tiny with random"
+
+
+@pytest.fixture
+def makefile(tmp_path):
+    for file in ("Makefile", "pyproject.toml", "requirements.txt", "constraints.txt"):
+        shutil.copy(ROOT / file, tmp_path)
+    probe = 'probe:\n\tprintf "%s\\n" "$$BOOK_TASKS" "$$BOOK_MODEL" "$$BOOK_SAE_SET"\n'
+    (tmp_path / "probe.mk").write_text(f"{probe}probe-all: TASKS = all\nprobe-all: probe\n")
+    return lambda *words: subprocess.run(
+        ["make", "-f", "Makefile", "-f", "probe.mk", *words], cwd=tmp_path, capture_output=True, text=True
+    )
+
+
+def test_what_is_asked_of_make_reaches_the_commands_as_it_is(makefile, tmp_path):
+    asked = [text for text in NASTY if text.isprintable() and not text.startswith("~")]
+    for tasks_, model, saes in zip(asked, asked[1:], asked[2:], strict=False):
+        done = makefile("probe", f"TASKS={tasks_}", f"MODEL={model}", f"SAES={saes}")
+        assert [line.rstrip() for line in done.stdout.split("\n")][:3] == [tasks_.strip(), model, saes], done.stderr
+    assert makefile("probe-all").stdout.split("\n")[0] == "all"
+    assert not (tmp_path / "INJECTED").exists()
+
+
+@pytest.mark.parametrize("version, suits", [((3, 10), False), ((3, 99), False), (None, True)])
+def test_a_given_python_is_checked_before_anything_is_installed(makefile, tmp_path, version, suits):
+    """The stand-in for a Python says that it is of some version, and counts as found if it is asked to make .venv."""
+    program = tmp_path / "an old python"
+    told = f"import sys; sys.version_info = {version}" if version else "pass"
+    program.write_text(f'#!/bin/sh\ncase "$1" in -m) touch made; exit 1;; esac\nshift; code=$1; shift\n'
+                       f'exec "{sys.executable}" -c "{told}\n$code" "$@"\n')  # fmt: skip
+    program.chmod(0o755)
+    done = makefile(".venv/installed", f"PYTHON={program}")
+    assert (tmp_path / "made").exists() == suits and not (tmp_path / ".venv").exists()
+    assert ("nothing was installed" in done.stdout) != suits and "Traceback" not in done.stderr
