@@ -213,3 +213,30 @@ def test_a_table_says_all_that_it_depends_on(path, tables_of):
         assert set(origin["data_sha256"]) == {"antonyms.json"} | text and set(origin["sae_sha256"]) == {"2", "3"}
     read = {text for text in re.findall(r'"(\d\d_[a-z_]+)"', path.read_text().replace('\\"', '"'))}
     assert set(origin["inputs"]) == {stem for stem in read if not stem.startswith(path.stem)}
+
+
+def test_cleanup_tries_rates_and_crosses_data_and_start_where_it_has_every_seed(tables_of):
+    table = pd.read_parquet(tables_of("02_cleanup") / "02_cleanup/tiny/antonyms.parquet")
+    crossed = table[table["method"].isin(["clean_all", "clean_mean_codes_all", "prune_contrast_few"])]
+    assert crossed["method"].nunique() == 3 and set(crossed["layer"]) == {3} and set(crossed["seed"]) == {0}
+    swept = {"prune_contrast": "refit_rates", "learned_vector": "dense_rates", "clean_mean_codes": "mean_rates"}
+    for method, rates in swept.items():
+        tried = {float(rate) for rate in SIZES[rates].split(",")}
+        assert set(table.loc[table["method"] == method, "rate"]) <= tried, method
+    tuned = table[table["choice_loss"].notna() & (table["on"] == "test")]
+    assert tuned[["train_loss", "validation_loss"]].notna().all(axis=None)
+
+
+def test_steering_has_as_many_controls_of_each_sort_as_features(tables_of):
+    folder = tables_of("05_cross_task_steering")
+    table = pd.read_parquet(folder / "05_cross_task_steering_controls/tiny/antonyms.parquet")
+    drawn = table[table["control"] != "none"]
+    numbers = drawn.groupby(["kind", "control"])["latent"].nunique().unstack()
+    assert set(numbers) == {"feature", "matched", "active", "direction"} and numbers.loc["executor", "feature"] > 1
+    assert numbers.nunique(axis=1).eq(1).all() and drawn["validation_loss"].notna().all()
+
+
+def test_the_illusion_test_holds_every_support_at_every_budget(tables_of):
+    table = pd.read_parquet(tables_of("07_illusion") / "07_illusion_budgets/tiny/antonyms.parquet")
+    assert set(table["budget"]) == {SIZES["steps"], int(SIZES["longer"])} and set(table["seed"]) == {0}
+    assert table.groupby(["layer", "method", "k"], dropna=False)["budget"].nunique().eq(2).all()
