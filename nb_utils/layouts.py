@@ -94,7 +94,10 @@ class Layout:
         if weight is None:
             weight, bias = self.unembedding()
         bias = None if bias is None else bias.to(hidden.dtype)
-        logits = torch.nn.functional.linear(hidden, weight.to(hidden.dtype), bias).float()
+        return self.finished(torch.nn.functional.linear(hidden, weight.to(hidden.dtype), bias).float())
+
+    def finished(self, logits: Tensor) -> Tensor:
+        """Return what the unembedding gives, scaled and soft-capped."""
         if self.scale != 1:
             logits = logits * self.scale
         return logits if not self.cap else torch.tanh(logits / self.cap) * self.cap

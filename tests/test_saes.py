@@ -1,5 +1,6 @@
 """SAEs: our view equals SAELens, sets and layers are found, and every bad file is a SaeError."""
 
+import copy
 import json
 import os
 import re
@@ -34,10 +35,11 @@ from sae_lens import (
 from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+from tokenizers.processors import TemplateProcessing
 
 from nb_utils import files, saes, tables
 from nb_utils.saes import SaeError
-from workflow import measure_saes
+from workflow import measure_saes, train_saes
 
 D_IN, D_SAE = 32, 96
 KINDS = {
@@ -616,8 +618,8 @@ def test_the_tiny_model_has_sparse_random_saes_on_every_layer(tiny):
         ours = saes.load(tiny, "shipped", layer)
         assert ours.sha256 == saes.load(tiny, "random", layer).sha256
         torch.testing.assert_close(ours.W_dec.norm(dim=1), torch.ones(64))
-        rows = measure_saes.windows(np.arange(4000) % 200 + 50, 4, 2)
-        x = measure_saes.harvest(tiny.hf, rows, [layer])[layer].float()
+        rows = measure_saes.windows(np.arange(4000) % 200 + 50, 4, tiny.tokenizer)
+        x = measure_saes.harvest(tiny.layout, rows, [layer])[layer].float()
         assert 2 < (ours.encode(x) > 0).sum(1).float().mean() < 20
     assert saes.random(tiny, 1, seed=0).sha256 != saes.random(tiny, 1, seed=1).sha256
 
@@ -690,16 +692,16 @@ def plain_sae(layer, W_enc, W_dec, threshold=0.0):
 
 
 @pytest.fixture(scope="module")
-def rows():
-    return measure_saes.windows(np.random.default_rng(0).integers(3, 259, 3000), 12, 2)
+def rows(tiny):
+    return measure_saes.windows(np.random.default_rng(0).integers(3, 259, 3000), 12, tiny.tokenizer)
 
 
-def test_windows_start_with_bos_and_span_the_stream():
-    rows = measure_saes.windows(np.arange(10_000), 5, bos=7)
-    assert rows.shape == (5, 128) and (rows[:, 0] == 7).all()
+def test_windows_start_with_bos_and_span_the_stream(tiny):
+    rows = measure_saes.windows(np.arange(10_000), 5, tiny.tokenizer)
+    assert rows.shape == (5, 128) and (rows[:, 0] == tiny.tokenizer.bos_token_id).all()
     assert rows[0, 1] == 0 and rows[-1, -1] == 9_999
     with pytest.raises(ValueError, match="fewer than"):
-        measure_saes.windows(np.arange(100), 5, bos=7)
+        measure_saes.windows(np.arange(100), 5, tiny.tokenizer)
 
 
 def test_a_perfect_sae_changes_nothing_and_an_empty_one_is_a_zero_ablation(tiny, rows):
@@ -726,7 +728,7 @@ def test_a_perfect_sae_changes_nothing_and_an_empty_one_is_a_zero_ablation(tiny,
 def test_fvu_is_squared_error_over_variance(tiny, rows):
     sae = saes.random(tiny, 2)
     got = measure_saes.measure(tiny, [sae], rows, rows[:2]).iloc[0]
-    x = measure_saes.harvest(tiny.hf, rows, [2])[2].float()
+    x = measure_saes.harvest(tiny.layout, rows, [2])[2].float()
     error = (x - sae.decode(sae.encode(x))).square().sum(1)
     assert got.fvu == pytest.approx((error.sum() / (x - x.mean(0)).square().sum()).item(), rel=1e-4)
     assert got.l0_mean == pytest.approx((sae.encode(x) > 0).sum(1).float().mean().item(), rel=1e-6)
@@ -736,7 +738,7 @@ def test_fvu_is_squared_error_over_variance(tiny, rows):
 
 def test_one_sequence_gives_the_loss_of_an_ablation_everywhere(tiny, rows):
     vector = torch.randn(D_IN, generator=torch.Generator().manual_seed(0))
-    with measure_saes.spliced(tiny.hf, 2, lambda x: vector.expand_as(x)):
+    with measure_saes.spliced(tiny.layout, 2, lambda x: vector.expand_as(x)):
         whole = measure_saes.cross_entropy(tiny, rows)
     assert measure_saes.ablated_cross_entropy(tiny, 2, vector, rows) == pytest.approx(whole, abs=1e-5)
 
@@ -778,3 +780,13 @@ def test_measuring_a_folder_without_saes_ends_in_one_sentence(tmp_path, monkeypa
     monkeypatch.setattr(sys, "argv", ["measure_saes", "--model", "tiny", "--folder", str(tmp_path)])
     with pytest.raises(SystemExit, match="no SAE on the residual stream"):
         measure_saes.main()
+
+
+def test_text_for_saes_begins_with_bos_where_prompts_do_and_goes_on_from_the_token_before_where_they_do_not(tiny):
+    bare, stream = copy.deepcopy(tiny.tokenizer), np.arange(100_000, dtype=np.int32) % 200 + 50
+    bare.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    for cut in (lambda t: measure_saes.windows(stream, 5, t), lambda t: train_saes.sequences(t, stream, 1, 0.0)):
+        usual, ours = cut(tiny.tokenizer), cut(bare)
+        assert usual.shape == ours.shape and torch.equal(usual[:, 1:], ours[:, 1:])
+        assert (usual[:, 0] == tiny.tokenizer.bos_token_id).all()
+        assert ((ours[1:, 1] - ours[1:, 0] - 1) % 200 == 0).all(), "the first token is the one before in the text"

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from nb_utils import files, models, saes, tables
 from nb_utils.models import Model, cache_dir
+from nb_utils.prompts import begin, opening
 from nb_utils.saes import Sae
 from workflow import build_corpus
 from workflow.train_saes import CONTEXT, harvest
@@ -66,16 +67,19 @@ def showable(corpus: pd.DataFrame, tokenizer, n_tokens: int) -> Text:
         read = tokenizer(batch, add_special_tokens=False, return_offsets_mapping=True)
         ids += [np.asarray(found, dtype=np.int64) for found in read["input_ids"]]
         offsets += [np.asarray(found, dtype=np.int32).reshape(-1, 2) for found in read["offset_mapping"]]
-    places = [(which, start) for which, found in enumerate(ids) for start in range(0, len(found) - WIDTH + 1, WIDTH)]
+    first = 0 if opening(tokenizer) else 1  # without BOS, a token of the document stands before each sequence
+    places = [
+        (which, start) for which, found in enumerate(ids) for start in range(first, len(found) - WIDTH + 1, WIDTH)
+    ]
     n = math.ceil(n_tokens / WIDTH)
     if n > len(places):
         raise EvidenceError(
             f"Only {len(places) * WIDTH:,} tokens of held-out text may be shown: ask for no more with --tokens."
         )
     document, start = np.array(places)[np.linspace(0, len(places) - 1, n).astype(int)].T
-    rows = np.stack([ids[which][at : at + WIDTH] for which, at in zip(document, start, strict=True)])
-    rows = np.concatenate([np.full((n, 1), tokenizer.bos_token_id), rows], axis=1)
-    return Text(documents[["source", "language", "text"]], offsets, torch.from_numpy(rows), document, start)
+    rows = np.stack([ids[which][np.arange(at - 1, at + WIDTH)] for which, at in zip(document, start, strict=True)])
+    rows = torch.from_numpy(begin(tokenizer, rows))
+    return Text(documents[["source", "language", "text"]], offsets, rows, document, start)
 
 
 def chunks(document: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -130,7 +134,7 @@ def collect(model: Model, loaded: list[Sae], text: Text, checkpoint: Path, every
         for first, end in chunks(text.document):
             if end <= done:
                 continue
-            activations = harvest(model.hf, text.rows[first:end], list(tallies))
+            activations = harvest(model.layout, text.rows[first:end], list(tallies))
             cuts = [0, *(np.flatnonzero(np.diff(text.document[first:end])) + 1), end - first]
             for sae in loaded:
                 for a, b in pairwise(cuts):
@@ -156,16 +160,16 @@ def logit_lens(model: Model, directions: Float[Tensor, "n d_model"], block: int 
     parts), then through the unembedding; the mean over the vocabulary is taken off. Places of the vocabulary that
     stand for no text are left out (nostalgebraist 2020, "interpreting GPT: the logit lens").
     """
-    tokenizer, W_U = model.tokenizer, model.hf.lm_head.weight
+    tokenizer, layout = model.tokenizer, model.layout
     special = set(tokenizer.all_special_ids)
     kept = torch.tensor(
-        [i for i in range(min(len(tokenizer), len(W_U)))
+        [i for i in range(min(len(tokenizer), layout.n_vocab))
          if i not in special and not UNUSED.fullmatch(tokenizer.convert_ids_to_tokens(i))]
     )  # fmt: skip
-    W_U = W_U[kept]
+    W_U = layout.unembedding(kept)[0]  # a bias is the same for every direction
     up, down = [], []
     for part in tqdm(directions.split(block), desc="logit lens", leave=False):
-        logits = (model.hf.model.norm(part.to(W_U.dtype)) @ W_U.T).float()
+        logits = (layout.norm(part.to(W_U.dtype)) @ W_U.T).float()
         logits -= logits.mean(1, keepdim=True)
         for found, largest in ((up, True), (down, False)):
             top = logits.topk(min(PROMOTED, len(kept)), largest=largest)
@@ -254,7 +258,7 @@ def write(args: argparse.Namespace) -> None:
     asked = [int(layer) for layer in args.layers.split(",")] if args.layers else saes.layers(model, args.sae_set)
     loaded = [saes.load(model, args.sae_set, layer) for layer in asked]
     text = showable(corpus.documents, model.tokenizer, int(args.tokens))
-    del model.hf.model.layers[max(sae.layer for sae in loaded) + 1 :]
+    del model.layout.blocks[max(sae.layer for sae in loaded) + 1 :]
     parameters = {
         "n_tokens": len(text.rows) * WIDTH, "context": CONTEXT, "dtype": str(model.dtype),
         "corpus_sha256": corpus.sha256,

@@ -7,7 +7,6 @@ BOS is left out everywhere.
 import argparse
 import json
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nb_utils import files, models, saes, tables
+from nb_utils.layouts import Layout
 from nb_utils.models import EMBEDDED, Model, cache_dir
+from nb_utils.prompts import begin
 from nb_utils.saes import Sae
 from workflow import build_corpus
 from workflow.train_saes import CONTEXT, harvest, token_stream
@@ -34,14 +35,14 @@ QUANTILES = (0.05, 0.25, 0.50, 0.75, 0.95)
 ROWS = 32  # sequences to a pass of the model
 
 
-def windows(stream: np.ndarray, n: int, bos: int) -> Tensor:
-    """Cut ``n`` sequences [n, CONTEXT], BOS first, at even distances, so that each source has its share."""
+def windows(stream: np.ndarray, n: int, tokenizer) -> Tensor:
+    """Cut ``n`` sequences [n, CONTEXT] at even distances, so that each source has its share, and `begin` them."""
     width = CONTEXT - 1
     if len(stream) < n * width:
         raise ValueError(f"Only {len(stream):,} tokens are held out: ask for fewer than {n * width:,}.")
     starts = np.linspace(0, len(stream) - width, n).astype(int)
-    rows = np.stack([stream[start : start + width] for start in starts]).astype(np.int64)
-    return torch.from_numpy(np.concatenate([np.full((n, 1), bos), rows], axis=1))
+    rows = stream[starts[:, None] + np.arange(-1, width)].astype(np.int64)  # BOS takes the place of the token before
+    return torch.from_numpy(begin(tokenizer, rows))
 
 
 @dataclass
@@ -91,34 +92,21 @@ class Tally:
         }
 
 
-@contextmanager
-def spliced(hf, layer: int, replace):
+def spliced(layout: Layout, layer: int, replace):
     """Put ``replace(x)`` in place of the output ``x`` of a block at every position but BOS."""
-
-    def hook(module, args, out):
-        hidden = out[0] if isinstance(out, tuple) else out
-        edited = torch.cat([hidden[:, :1], replace(hidden[:, 1:]).to(hidden.dtype)], dim=1)
-        return (edited, *out[1:]) if isinstance(out, tuple) else edited
-
-    handle = hf.model.layers[layer].register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return layout.hooked(layer, lambda x: torch.cat([x[:, :1], replace(x[:, 1:]).to(x.dtype)], dim=1))
 
 
-def losses(hf, hidden: Tensor, targets: Tensor) -> Tensor:
+def losses(layout: Layout, hidden: Tensor, targets: Tensor) -> Tensor:
     """Return the loss [n, m], in fp32, of each next token ``targets`` [n, m] after final states [n, d_model].
 
     Softmax over 262,144 tokens is most of the time of a measurement: it runs in place, in one buffer.
     """
     buffer, out = None, []
     for part, wanted in zip(hidden.split(256), targets.split(256), strict=True):
-        logits = hf.lm_head(part)
+        logits = layout.head(part)
         buffer = torch.empty_like(logits, dtype=torch.float32) if buffer is None else buffer
-        logits = buffer[: len(part)].copy_(logits)
-        if cap := getattr(hf.config, "final_logit_softcapping", None):
-            logits.div_(cap).tanh_().mul_(cap)
+        logits = layout.finished(buffer[: len(part)].copy_(logits))
         top, right = logits.amax(1, keepdim=True), logits.gather(1, wanted)
         out.append(logits.sub_(top).exp_().sum(1, keepdim=True).log() + top - right)
     return torch.cat(out)
@@ -129,8 +117,8 @@ def cross_entropy(model: Model, rows: Tensor, advance=lambda: None) -> float:
     """Return the mean loss (nats) of all predictions of ``rows`` [n, CONTEXT] but that made at BOS."""
     total = 0.0
     for batch in rows.split(ROWS):
-        hidden = model.hf.model(batch, use_cache=False).last_hidden_state[:, 1:-1].flatten(0, 1)
-        total += losses(model.hf, hidden, batch[:, 2:].reshape(-1, 1)).double().sum().item()
+        hidden = model.layout.core(batch, use_cache=False).last_hidden_state[:, 1:-1].flatten(0, 1)
+        total += losses(model.layout, hidden, batch[:, 2:].reshape(-1, 1)).double().sum().item()
         advance()
     return total / rows[:, 2:].numel()
 
@@ -142,19 +130,19 @@ def ablated_cross_entropy(model: Model, layer: int, vector: Tensor, rows: Tensor
     Nothing of the text is left after that block: a prediction depends on its position alone, and one sequence
     has them all.
     """
-    with spliced(model.hf, layer, lambda x: vector.expand_as(x)):
-        hidden = model.hf.model(rows[:1], use_cache=False).last_hidden_state[0, 1:-1]
-    return losses(model.hf, hidden, rows[:, 2:].T).double().mean().item()
+    with spliced(model.layout, layer, lambda x: vector.expand_as(x)):
+        hidden = model.layout.core(rows[:1], use_cache=False).last_hidden_state[0, 1:-1]
+    return losses(model.layout, hidden, rows[:, 2:].T).double().mean().item()
 
 
 def measure(model: Model, loaded: list[Sae], rows: Tensor, ce_rows: Tensor) -> pd.DataFrame:
     """Return a row per SAE: quality on ``rows``, loss with the SAE spliced in on ``ce_rows`` [n, CONTEXT]."""
     layers = sorted({sae.layer for sae in loaded})
-    means = {layer: x.float().mean(0) for layer, x in harvest(model.hf, ce_rows, layers).items()}
+    means = {layer: x.float().mean(0) for layer, x in harvest(model.layout, ce_rows, layers).items()}
     tallies = [Tally(sae, means[sae.layer]) for sae in loaded]
     with tqdm(total=len(rows) * (CONTEXT - 1), desc="activations", unit="token", unit_scale=True) as bar:
         for batch in rows.split(2 * ROWS):
-            activations = harvest(model.hf, batch, layers)
+            activations = harvest(model.layout, batch, layers)
             for tally in tallies:
                 tally.add(activations[tally.sae.layer])
             bar.update(batch[:, 1:].numel())
@@ -163,7 +151,7 @@ def measure(model: Model, loaded: list[Sae], rows: Tensor, ce_rows: Tensor) -> p
         clean = cross_entropy(model, ce_rows, bar.update)
         for tally in tallies:
             sae = tally.sae
-            with spliced(model.hf, sae.layer, lambda x, sae=sae: sae.decode(sae.encode(x))):
+            with spliced(model.layout, sae.layer, lambda x, sae=sae: sae.decode(sae.encode(x))):
                 patched = cross_entropy(model, ce_rows, bar.update)
             mean = (tally.total / tally.n).to(model.dtype)
             zero = ablated_cross_entropy(model, sae.layer, torch.zeros_like(mean), ce_rows)
@@ -259,7 +247,7 @@ def main() -> None:
         model = models.load(args.model, "cpu", models.fast_dtype(torch.device("cpu")))
         loaded = [saes.load(model, folder, layer) for layer in saes.layers(model, folder)]
         stream = token_stream(model, "heldout", corpus)
-        rows = windows(stream, math.ceil(args.tokens / (CONTEXT - 1)), model.tokenizer.bos_token_id)
+        rows = windows(stream, math.ceil(args.tokens / (CONTEXT - 1)), model.tokenizer)
         n_ce = min(len(rows), math.ceil(args.ce_tokens / (CONTEXT - 2)))
         ce_rows = rows[torch.linspace(0, len(rows) - 1, n_ce).long()]
         table = measure(model, loaded, rows, ce_rows)

@@ -18,6 +18,7 @@ import math
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,7 @@ import yaml
 
 from nb_utils import files, models
 from nb_utils.models import cache_dir
+from nb_utils.prompts import begin, opening
 from nb_utils.saes import CONFIG, WEIGHTS
 from workflow import build_corpus
 
@@ -216,34 +218,26 @@ def icl_prompts(tokenizer, rng, count):
 def sequences(tokenizer, stream, index, icl_share):
     """Return chunk ``index`` of the training text as ids [CHUNK, CONTEXT], the same at every call."""
     width = CONTEXT - 1
-    start = index * CHUNK * width
-    rows = np.take(stream, np.arange(start, start + CHUNK * width), mode="wrap").reshape(CHUNK, width).astype(np.int64)
+    starts = (index * CHUNK + np.arange(CHUNK)[:, None]) * width - 1  # of the token before, whose place BOS takes
+    rows = np.take(stream, starts + np.arange(CONTEXT), mode="wrap").astype(np.int64)
     rng = np.random.default_rng([7, index])
     n_icl = int(icl_share * CHUNK)
     if n_icl:
         prompts = [ids for ids in icl_prompts(tokenizer, rng, 2 * n_icl) if len(ids) >= width][:n_icl]
         for row, ids in zip(rng.permutation(CHUNK), prompts, strict=False):
-            rows[row] = ids[:width]
-    bos = np.full((CHUNK, 1), tokenizer.bos_token_id)
-    return torch.from_numpy(np.concatenate([bos, rows], axis=1))
+            rows[row, 1:] = ids[:width]
+    return torch.from_numpy(begin(tokenizer, rows))
 
 
 @torch.no_grad()
-def harvest(hf, ids, layers):
+def harvest(layout, ids, layers):
     """Return {layer: residual stream after the block, [tokens, d_model]}, BOS excluded."""
     kept = {layer: [] for layer in layers}
-    def keep(layer):
-        return lambda module, args, out: kept[layer].append(
-            (out[0] if isinstance(out, tuple) else out)[:, 1:].reshape(-1, hf.config.hidden_size)
-        )
-
-    handles = [hf.model.layers[layer].register_forward_hook(keep(layer)) for layer in layers]
-    try:
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layout.hooked(layer, lambda x, to=kept[layer]: to.append(x[:, 1:].flatten(0, 1))))
         for rows in ids.split(32 if ids.device.type == "cpu" else CHUNK):
-            hf.model(rows, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+            layout.core(rows, use_cache=False)
     return {layer: torch.cat(parts) for layer, parts in kept.items()}
 
 
@@ -271,7 +265,8 @@ def save(saes, specs, args, model, corpus_sha256):
         embedded = models.EMBEDDED.get(args.model)
         meta.model_name, meta.hook_name = embedded.hub_name if embedded else args.model, hook
         meta.sae_lens_version = meta.sae_lens_training_version = __version__
-        meta.training_tokens, meta.context_size, meta.prepend_bos = spec.chunks * CHUNK * (CONTEXT - 1), CONTEXT, True
+        meta.training_tokens, meta.context_size = spec.chunks * CHUNK * (CONTEXT - 1), CONTEXT
+        meta.prepend_bos = bool(opening(model.tokenizer))
         meta.model_sha256, meta.corpus_sha256, meta.icl_share = model.sha256, corpus_sha256, args.icl_share
         meta.seed, meta.frozen, meta.lr = spec.seed, spec.freeze or None, spec.lr
         with tempfile.TemporaryDirectory() as scratch:
@@ -310,7 +305,7 @@ def train(args):
     corpus = build_corpus.read(cache_dir() / "corpus")
     device = torch.device(models.placement())
     model = models.load(args.model, str(device), models.fast_dtype(device))
-    del model.hf.model.layers[max(spec.layer for spec in wanted) + 1 :]
+    del model.layout.blocks[max(spec.layer for spec in wanted) + 1 :]
     settings = [[asdict(spec) for spec in wanted], args.icl_share, args.icl_from, model.sha256, corpus.sha256]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     checkpoint = cache_dir() / "training" / f"{args.model.replace('/', '--')}.{key}.checkpoint"
@@ -318,7 +313,7 @@ def train(args):
         stream = token_stream(model, "train", corpus)
         rows = lambda index, share: sequences(model.tokenizer, stream, index, share)  # noqa: E731
         try:
-            saes = learn(wanted, args, model.hf, rows, checkpoint)
+            saes = learn(wanted, args, model.layout, rows, checkpoint)
         except RuntimeError as error:  # the device is gone, or its memory is full
             if device.type == "cpu":
                 raise
@@ -329,7 +324,7 @@ def train(args):
         save(saes, wanted, args, model, corpus.sha256)
 
 
-def learn(specs, args, hf, rows, checkpoint):
+def learn(specs, args, layout, rows, checkpoint):
     """Return {key: Sae} after all chunks; the checkpoint is written every few minutes, and at the end.
 
     ``rows(index, share)`` gives the ids [CHUNK, CONTEXT] of a chunk, of which ``share`` are x -> y prompts. One pass of
@@ -338,7 +333,7 @@ def learn(specs, args, hf, rows, checkpoint):
     n_chunks = max(spec.chunks for spec in specs)
     steps_a_chunk = CHUNK * (CONTEXT - 1) // BATCH
     chunk = CHUNK * (CONTEXT - 1)  # BOS is not trained on
-    layers, device = sorted({spec.layer for spec in specs}), next(hf.parameters()).device
+    layers, device = sorted({spec.layer for spec in specs}), layout.head.weight.device
     print(f"{n_chunks} chunks of {chunk:,} tokens; {len(specs)} SAEs after blocks {layers}, on {device}", flush=True)
     saes, done = {}, 0
     if stored := files.unsealed(checkpoint):
@@ -359,7 +354,7 @@ def learn(specs, args, hf, rows, checkpoint):
             ids = text.result().to(device)
             if index + 1 < n_chunks:
                 text = ahead.submit(rows, index + 1, share(index + 1))
-            activations = harvest(hf, ids, layers)
+            activations = harvest(layout, ids, layers)
             report = []
             for spec in specs:
                 if index < spec.chunks:
