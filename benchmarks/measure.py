@@ -107,7 +107,8 @@ class Bench:
 
     def save(self):
         """Write all there is. What was measured on a GPU has a folder of its own."""
-        origin = tables.provenance({"repeats": self.repeats, "machine": machine(self.model)}, self.model.sha256, {})
+        given = {"model": self.model.name, "repeats": self.repeats, "machine": machine(self.model)}
+        origin = tables.provenance(given, self.model.sha256, {})
         place = f"{self.model.name}.{self.model.device.type}" if self.on_gpu else self.model.name
         tables.save(pd.DataFrame(self.rows), "benchmarks", "speed", origin, folder=self.folder, model=place)
 
