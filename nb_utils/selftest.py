@@ -70,7 +70,7 @@ def differences(model) -> tuple[float, float]:
     (gradient,) = torch.autograd.grad(losses.sum(), ours)
     (reference,) = torch.autograd.grad(expected.mean(-1).sum(), theirs)
     scored = torch.stack([site.evaluate(v, *case).nll.nansum(-1) for v, case in zip(start, cases, strict=True)])
-    off = (scored - expected.cpu()).abs().max(), (losses - expected.mean(-1).cpu()).abs().max()
+    off = (scored - expected.cpu()).abs().max(), (losses - expected.mean(-1)).abs().max().cpu()
     return max(off).item(), ((gradient - reference).norm() / reference.norm().clamp_min(1e-9)).item()
 
 

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-import nbformat
-
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("nb_utils", "workflow", "benchmarks")
 AFTER_MEASURING = ("nb_utils.files", "nb_utils.plots", "nb_utils.tables", "nb_utils.text")
@@ -161,6 +159,8 @@ def _parsed(name: str, path: Path, changed: int) -> Module:
     if path.suffix != ".ipynb":
         tree = ast.parse(path.read_text())
     else:
+        import nbformat
+
         cells = nbformat.read(path, as_version=4).cells
         code = [c.source for c in cells if c.cell_type == "code" and "parameters" not in c.metadata.get("tags", ())]
         lines = "\n".join(code).splitlines()

@@ -5,6 +5,9 @@ are computed; operations that mix devices, NumPy, and generators of the CPU rais
 experiments run there too; all of them, which takes minutes, with
 
     BOOK_TEST_PLACEMENT=1 pytest tests/test_placement.py
+
+and ``BOOK_TEST_PLACEMENT=cuda`` runs all of that on a real GPU, with CUDA graphs and a step of a model of Gemma 2 2B's
+shape.
 """
 
 import functools
@@ -18,14 +21,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from test_notebooks import SIZES, TINY
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from nb_utils import cleaning, engine, models, plots, prompts, runs, saes, tasks, vectors
+from benchmarks import cases, peers
+from nb_utils import cleaning, engine, models, plots, prompts, runs, saes, selftest, tasks, vectors
 
 EXPERIMENTS = sorted(Path(__file__).resolve().parents[1].glob("book/experiments/*.ipynb"))
+ALL = [path.stem for path in EXPERIMENTS]
 SOME = ("02_cleanup", "08_side_effects")  # the second reads the first's vectors
+TUNED = ("cleaned", "pruned", "learned")  # Adam makes differences of rounding larger
 AWAY = torch.device("privateuseone:0")  # called faraway once it is registered
 MOVES = ("aten::_to_copy", "aten::copy_")
 INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
@@ -199,23 +206,21 @@ def run_cells(path, given):
 
 
 def test_experiments_run_on_another_device(elsewhere, tmp_path, monkeypatch):
-    given = {
-        "task": "antonyms", "model": "tiny", "sae_set": "shipped", "layers": "2,3", "n_prompts": 4, "n_shots": 4,
-        "n_train": 8, "batch": 8, "n_validation": 6, "n_test": 8, "n_sentences": 4, "seeds": 1, "atoms": "2,4",
-        "penalties": "1,3", "penalty": 1.0, "sizes": "8,4", "steps": 4, "steps_a_stage": 2, "scales": 5, "coarse": 3,
-        "n_others": 3, "n_text": 6, "following": 5, "templates": "arrow,question", "counts": "6,12",
-    }  # fmt: skip
+    stems = ALL if os.environ.get("BOOK_TEST_PLACEMENT") == "1" else SOME
+    agree(stems, str(AWAY), "faraway", tmp_path, monkeypatch)
+
+
+def agree(stems, device, kind, tmp_path, monkeypatch):
+    """Run experiments on a device and on the CPU, and compare their tables."""
+    given = TINY | SIZES | {"layers": "2,3", "seeds": 1, "steps": 4}
     monkeypatch.setenv("MPLBACKEND", "agg")
-    for path in EXPERIMENTS:
-        if path.stem not in SOME and os.environ.get("BOOK_TEST_PLACEMENT") != "1":
-            continue
-        there = run_cells(path, {**given, "tables_dir": str(tmp_path / "there")})
-        assert there["lm"].device.type == "faraway"
-        with monkeypatch.context() as here:
-            here.setenv("NB_DEVICE", "cpu")
-            run_cells(path, {**given, "tables_dir": str(tmp_path / "here")})
+    for path in (path for path in EXPERIMENTS if path.stem in stems):
+        for place, name in (("there", device), ("here", "cpu")):
+            monkeypatch.setenv("NB_DEVICE", name)
+            ran = run_cells(path, {**given, "tables_dir": str(tmp_path / place)})
+            assert ran["lm"].device.type == (kind if place == "there" else "cpu")
     made = sorted((tmp_path / "here").rglob("*.parquet"))
-    assert {path.parts[-3] for path in made} >= set(SOME)
+    assert {path.parts[-3] for path in made} >= set(stems)
     for path in made:
         here, there = pd.read_parquet(path), pd.read_parquet(tmp_path / "there" / path.relative_to(tmp_path / "here"))
         assert here.shape == there.shape and list(here) == list(there), path.parts[-3]
@@ -234,3 +239,88 @@ def test_models_go_where_they_are_told_and_to_a_gpu_if_there_is_one(monkeypatch)
         monkeypatch.setenv("NB_DEVICE", wrong)
         with pytest.raises(models.ModelError, match=f"There is no device '{wrong}' for torch here: set NB_DEVICE"):
             models.load("tiny")
+
+
+# --- a real GPU ------------------------------------------------------------------------------------------------------
+
+WANTED = os.environ.get("BOOK_TEST_PLACEMENT") == "cuda" and ALONE not in os.environ
+on_a_gpu = pytest.mark.skipif(
+    not WANTED or not torch.cuda.is_available(),
+    reason="torch finds no GPU here" if WANTED else "BOOK_TEST_PLACEMENT=cuda runs this on a GPU",
+)
+
+
+@on_a_gpu
+def test_the_engine_gives_the_same_from_a_gpu():
+    there = measured(models.load("tiny", "cuda"))
+    for name, here in measured(models.load("tiny", "cpu")).items():
+        assert there[name].device.type == "cpu", f"{name} was left on the GPU"
+        if name in TUNED:
+            assert torch.cosine_similarity(there[name].flatten(), here.flatten(), dim=0) > 0.999, name
+        else:
+            torch.testing.assert_close(there[name], here, rtol=1e-4, atol=1e-4, equal_nan=True, msg=name)
+
+
+@on_a_gpu
+def test_losses_and_gradients_on_a_gpu_are_those_of_a_plain_hooked_pass():
+    loss, gradient = selftest.differences(models.load("tiny", "cuda"))
+    assert loss < 1e-4 and gradient < 1e-4
+
+
+@on_a_gpu
+@pytest.mark.parametrize("mode", ["add", "replace"])
+@pytest.mark.parametrize("batch", [None, 4])
+@pytest.mark.parametrize("reduced", [True, False])
+def test_a_graph_gives_the_losses_and_gradients_of_the_plain_engine(mode, batch, reduced):
+    lm = models.load("tiny", "cuda")
+    pairs = tasks.split(tasks.load("antonyms")).test[:6]
+    site = engine.Site.prepare(lm, prompts.zero_shot(lm.tokenizer, pairs), answer_tokens=2)
+    kept = engine.vocabulary(site, keep=50) if reduced else None
+    graph = site.captured(3, 2, mode, kept, batch)
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(3):  # the graph is replayed on what it has not seen
+        order = torch.randperm(6, generator=draw)[: batch or 6]
+        plain = torch.randn(3, lm.d_model, generator=draw).cuda().requires_grad_()
+        replayed = plain.detach().clone().requires_grad_()
+        expected, found = site.take(order).loss(plain, 2, mode, kept), graph(replayed, order)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        expected.sum().backward()
+        found.sum().backward()
+        torch.testing.assert_close(replayed.grad, plain.grad, rtol=1e-4, atol=1e-5)
+
+
+@on_a_gpu
+def test_all_experiments_run_on_a_gpu(tmp_path, monkeypatch):
+    agree(ALL, "cuda", "cuda", tmp_path, monkeypatch)
+
+
+@on_a_gpu
+def test_a_step_of_a_model_of_2_billion_weights_is_exact_on_a_gpu():
+    if (free := torch.cuda.mem_get_info()[0]) < 30e9:
+        pytest.skip(f"it takes 30 GB of a GPU, of which {free / 1e9:.0f} are free")
+    step(cases.shaped("gemma2-2b"))
+
+
+def test_the_same_step_is_exact_on_a_small_model_of_that_kind(monkeypatch):
+    monkeypatch.setenv("NB_DEVICE", "cpu")
+    step(cases.shaped("small"))
+
+
+def step(case):
+    """One step of cleaning at four penalties: its losses and gradients against a plain hook, then the step itself."""
+    device, layer = case.model.device, case.layer
+    noise = torch.randn(4, case.model.d_model, generator=torch.Generator().manual_seed(0), device="cpu").to(device)
+    start = noise * (case.site.at(layer).norm(dim=1).mean().item() / noise.norm(dim=1, keepdim=True))
+    hook, problem = peers.PlainHook(case.model, case.prompts, layer), cleaning.Problem(case.site, case.site, layer)
+    found = []
+    for loss in (lambda given: problem.train_loss(given, 0), hook.losses):
+        given = start.clone().requires_grad_()
+        losses = loss(given)
+        losses.sum().backward()
+        found.append((losses.detach(), given.grad))
+    (ours, gradient), (plain, reference) = found
+    assert plain.std() > 0.01  # else it would not matter where they are added
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-3)
+    assert (gradient - reference).norm() < 1e-3 * reference.norm()
+    cleaned = cleaning.clean(problem, case.sae, case.start.expand(4, -1), [0.3, 1, 3, 10], steps=1)
+    assert all(one.vector.isfinite().all() for one in cleaned)

@@ -3,15 +3,19 @@
 import ast
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from nb_utils import tables
@@ -132,6 +136,36 @@ def test_make_installs_nothing_that_is_not_pinned():
     for line in lines:
         what = line.split("pip install")[1].replace("--quiet", "").replace("--disable-pip-version-check", "")
         assert re.search(r"-c constraints\.txt|requirements-data\.txt|==\d|--no-deps -e \.", what), line
+
+
+def test_make_takes_the_newest_python_that_runs_and_will_do(tmp_path):
+    """Stand-ins that say another version; the newest is a command that has nothing behind it, as pyenv's may be."""
+    lies = "import sys; sys.version_info = ({}); exec(sys.argv.pop(1))"
+    for name, version in {"python3.12": "3, 12", "python3.11": "3, 11", "python3": "3, 14", "python": "2, 7"}.items():
+        run = f"shift; exec {sys.executable} -c '{lies.format(version)}' \"$@\""
+        (tmp_path / name).write_text(f"#!/bin/sh\n{run}\n")
+    (tmp_path / "python3.13").write_text("#!/bin/sh\nexit 127\n")
+    for path in list(tmp_path.iterdir()):
+        path.chmod(0o755)
+    (tmp_path / "show.mk").write_text("include Makefile\nshow:\n\techo $(PYTHON)\n")
+
+    def taken():
+        env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        command = ["make", "-s", "-f", tmp_path / "show.mk", "show"]
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True).stdout.strip()
+
+    assert taken() == "python3.12"
+    for name in ("python3.12", "python3.11"):
+        (tmp_path / name).write_text("#!/bin/sh\nexit 127\n")
+    assert taken() == ""  # one is too new, one too old
+
+
+def test_the_hosted_ci_runs_every_version_of_python_that_will_do():
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    suits = [f"3.{minor}" for minor in range(30) if f"3.{minor}" in SpecifierSet(asked)]
+    matrix = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["test"]["strategy"]["matrix"]
+    assert suits == matrix["python"]
+    assert all(f"python{version}" in (ROOT / "Makefile").read_text() for version in suits)
 
 
 def test_servers_listen_on_loopback_and_keep_their_token():

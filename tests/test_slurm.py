@@ -117,7 +117,7 @@ def command(project):  # noqa: F811
         Path(sys.executable).with_name("snakemake"), "--snakefile", project / "workflow/Snakefile",
         "--directory", project, "--profile", project / "workflow/profiles/slurm", "--latency-wait", "5",
         "--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "5",  # no accounting here
-        "--config", "size=book", "model=tiny", "tasks=antonyms",
+        "--config", "size=book", "experiments=all", "model=tiny", "tasks=antonyms",
     ]  # fmt: skip
 
 

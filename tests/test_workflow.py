@@ -62,7 +62,7 @@ def command(project, *more, tasks="antonyms,en_es"):
     return [
         Path(sys.executable).with_name("snakemake"), "--snakefile", project / "workflow/Snakefile",
         "--directory", project, "--profile", project / "workflow/profiles/local", "--cores", "2",
-        "--config", "size=book", "model=tiny", f"tasks={tasks}", *more,
+        "--config", "size=book", "experiments=all", "model=tiny", f"tasks={tasks}", *more,
     ]  # fmt: skip
 
 
@@ -102,6 +102,21 @@ def test_other_parameters_run_again_and_a_failure_keeps_the_finished_run(project
         first = runs_of("antonyms", stems=FIRST)
         assert make(project, "sae_set=other", tasks="antonyms")[::2] == (1, first)
     assert run.read_bytes() == before
+
+
+def test_experiments_go_by_number_or_part_and_bring_along_those_that_they_read(project):
+    assert make(project, "experiments=8", tasks="antonyms")[::2] == (
+        0, ["02_cleanup · antonyms", "08_side_effects · antonyms"])  # fmt: skip
+    post = [f"{stem} · antonyms" for stem in STEMS[:5] if stem != "02_cleanup"]
+    assert make(project, "experiments=post", tasks="antonyms")[::2] == (0, post)
+    code, said, started = make(project, "experiments=6,10", tasks="antonyms")
+    assert code != 0 and not started and "Traceback" not in said
+    assert f"Nothing was run. There is no experiment '10': EXPERIMENTS takes numbers up to {len(STEMS)}" in said
+
+
+def test_make_book_runs_the_experiments_of_the_post_and_make_report_all_of_them():
+    asked = {size: yaml.safe_load((ROOT / f"workflow/{size}.yaml").read_text()) for size in ("book", "report")}
+    assert {size: one["experiments"] for size, one in asked.items()} == {"book": "post", "report": "all"}
 
 
 def test_a_killed_workflow_goes_on(project):
