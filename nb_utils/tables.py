@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nb_utils import files, sources, tasks
-from nb_utils.text import slug
+from nb_utils.text import slug, visible
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = "results/tables"
@@ -42,6 +42,7 @@ DTYPES = {
     "latent": "int32", "before": "float32", "after": "float32",
     "density": "float32", "largest": "float32",
 }  # fmt: skip
+NAMES = ("task", "target", "tested", "method", "mode", "kind", "on", "which", "template", "role", "language")
 # Columns of a stem that hold a list of records, some of them empty: what is in them cannot be told from the first rows.
 _LOGITS = pa.list_(pa.struct({"token": pa.string(), "logit": pa.float32()}))
 _EXAMPLE = {
@@ -244,7 +245,16 @@ def _paths(place: Path) -> list[Path]:
 
 def _read(path: Path, columns: Sequence[str] | None, filters: Sequence[tuple] | None) -> pd.DataFrame:
     read = partial(pq.read_table, columns=columns, filters=filters, partitioning=None)
-    return _checked(path, lambda found: read(found).to_pandas())
+    return _checked(path, lambda found: _named(read(found).to_pandas()))
+
+
+def _named(frame: pd.DataFrame) -> pd.DataFrame:
+    """Make sure that what pages take for names are names: a table of others may hold markup there."""
+    for column in frame.columns.intersection(NAMES):
+        for value in frame[column].dropna().unique():
+            if re.search(r"[<>&\"'`$*\\\[\]{}|]", str(value)):
+                raise ValueError(f"its {column} {visible(str(value))!r} is no name")
+    return frame
 
 
 def _checked(path: Path, reader):

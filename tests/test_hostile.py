@@ -224,10 +224,10 @@ def page(clone):
 
 
 def test_nasty_names_of_tasks_models_and_saes_are_planned_apart_and_an_edit_is_planned_again(clone, page):
-    names = [name for name in NASTY if "/" not in name and "\0" not in name and name.isprintable() and len(name) < 99]
-    files = [task_file(clone / f"many/{name}.json") for name in names if name not in ("..", "~")]
+    stems = [name for name in NASTY if "/" not in name and "\0" not in name and name.isprintable() and len(name) < 99]
+    named = zip(stems[::2], reversed(NASTY), strict=False)
+    files = [task_file(clone / f"many/{stem}.json", name=name) for stem, name in named]
     files += [task_file(clone / f"{folder}/task.json", title=folder) for folder in ("one", "two")]
-    files += [task_file(clone / f"many/n{i}.json", name=name) for i, name in enumerate(NASTY) if name.isprintable()]
     listed = ",".join(str(path.relative_to(clone)) for path in files)
     folders = {"model": "models/$(touch INJECTED);' é {x}", "sae_set": "saés/`touch INJECTED` \"a\" *"}
     for folder in folders.values():
@@ -244,9 +244,8 @@ def test_nasty_names_of_tasks_models_and_saes_are_planned_apart_and_an_edit_is_p
     assert planned(make(clone, "-n", tasks=f"antonyms,{shipped}")[1]) == 2
 
 
-@pytest.mark.parametrize("asked", [{"title": "x" * 300}, {"title": ""}, {"kind": "poem"}])
-def test_what_is_refused_is_refused_before_anything_runs(clone, asked):
-    task_file(clone / "bad/task.json", **asked)
+def test_what_is_refused_is_refused_before_anything_runs(clone):
+    task_file(clone / "bad/task.json", title="x" * 300)
     code, said = make(clone, "-n", tasks="bad/task.json")
     assert code != 0 and "Nothing was run. bad/task.json: " in said and "Traceback" not in said
 

@@ -62,6 +62,13 @@ def test_tables_of_other_saes_lie_apart_and_latents_of_others_are_never_read(tmp
         tables.check_saes(STEM, {8: "a"}, folder=tmp_path)
 
 
+@pytest.mark.parametrize("column", ["task", "method", "on"])
+def test_markup_in_the_names_of_a_table_of_others_is_refused(tmp_path, column):
+    saved(tmp_path, **{column: "<img src=x onerror=alert(1)>"})
+    with pytest.raises(TableError, match=rf"is damaged \(its {column} '<img src=x"):
+        tables.load(STEM, folder=tmp_path)
+
+
 def test_types_do_not_depend_on_which_values_a_task_happens_to_have(tmp_path):
     saved(tmp_path, "antonyms")
     saved(tmp_path, "plurals", k=5, l0=5, penalty=0.1)
