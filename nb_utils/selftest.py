@@ -16,7 +16,7 @@ LENGTHS = (12, 7)  # tokens of the two prompts: the shorter one is padded
 ANSWER = 2
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # nats a prompt, and share of the gradient's length
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
-HALF = 0.1  # in bfloat16 and float16 two exact ways to the same loss differ by up to this
+HALF = 0.5  # in half the plain pass rounds its logits, which moved losses by .13; a bias left out moves them by .6
 
 
 def check(model) -> None:
