@@ -272,7 +272,8 @@ def _catalogue(model: Model, sae_set: str) -> dict[int, list[Path] | str]:
     if sae_set == "shipped":
         folder = SHIPPED / _last(_place(model.name))
         if not folder.is_dir():
-            shipped = ", ".join(sorted(path.name for path in SHIPPED.glob("[!.]*/"))) or "no model yet"
+            found = {path.parents[1].name for path in SHIPPED.glob(f"[!.]*/*/{CONFIG}")}
+            shipped = ", ".join(sorted(found)) or "no model yet"
             raise SaeError(
                 f"No SAEs are shipped for {model.name!r} (but for {shipped}): train some with "
                 "`python -m workflow.train_saes`, or name a folder or a release of SAELens's registry."

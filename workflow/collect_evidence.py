@@ -134,7 +134,7 @@ def collect(model: Model, loaded: list[Sae], text: Text, checkpoint: Path, every
         for first, end in chunks(text.document):
             if end <= done:
                 continue
-            activations = harvest(model.layout, text.rows[first:end], list(tallies))
+            activations = harvest(model.layout, text.rows[first:end].to(model.device), list(tallies))
             cuts = [0, *(np.flatnonzero(np.diff(text.document[first:end])) + 1), end - first]
             for sae in loaded:
                 for a, b in pairwise(cuts):
@@ -169,11 +169,11 @@ def logit_lens(model: Model, directions: Float[Tensor, "n d_model"], block: int 
     W_U = layout.unembedding(kept)[0]  # a bias is the same for every direction
     up, down = [], []
     for part in tqdm(directions.split(block), desc="logit lens", leave=False):
-        logits = (layout.norm(part.to(W_U.dtype)) @ W_U.T).float()
+        logits = (layout.norm(part.to(W_U)) @ W_U.T).float()
         logits -= logits.mean(1, keepdim=True)
         for found, largest in ((up, True), (down, False)):
             top = logits.topk(min(PROMOTED, len(kept)), largest=largest)
-            for values, ids in zip(top.values.tolist(), kept[top.indices].tolist(), strict=True):
+            for values, ids in zip(top.values.tolist(), kept[top.indices.cpu()].tolist(), strict=True):
                 named = zip(map(partial(piece, tokenizer), ids), values, strict=True)
                 found.append([{"token": token, "logit": rounded(value, 2)} for token, value in named])
     return up, down
@@ -254,9 +254,9 @@ def main(argv: list[str] | None = None) -> None:
 def write(args: argparse.Namespace) -> None:
     """Collect the evidence for all layers asked for and write their tables."""
     corpus = build_corpus.read(cache_dir() / "corpus")
-    model = models.load(args.model, "cpu").fast()
+    model = models.load(args.model).fast()
     asked = [int(layer) for layer in args.layers.split(",")] if args.layers else saes.layers(model, args.sae_set)
-    loaded = [saes.load(model, args.sae_set, layer) for layer in asked]
+    loaded = [saes.load(model, args.sae_set, layer).to(model.device) for layer in asked]
     text = showable(corpus.documents, model.tokenizer, int(args.tokens))
     del model.layout.blocks[max(sae.layer for sae in loaded) + 1 :]
     parameters = {

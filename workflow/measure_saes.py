@@ -25,12 +25,13 @@ from workflow import build_corpus
 from workflow.train_saes import CONTEXT, harvest, token_stream
 
 # What the project set out to reach: (column of the table, what it is, bound, whether it is an upper one).
-TARGETS = (
-    ("fvu", "Variance unexplained (FVU)", 0.20, True),
-    ("l0_mean", "Active latents per token (L0), mean", 50, True),
-    ("dead_share", "Latents that never fired", 0.10, True),
-    ("ce_recovered", "Cross-entropy loss recovered (zero ablation)", 0.90, False),
+TARGETS = (  # each at most that
+    ("fvu", "Variance unexplained (FVU)", 0.12),
+    ("l0_mean", "Active latents per token (L0), mean", 50),
+    ("dead_share", "Latents that never fired", 0.02),
+    ("ce_delta", "Loss added where the SAE is spliced in (nats)", 0.25),
 )
+EARLY, LOSS_ADDED_EARLY = 4, 0.35  # a block up to which more loss is allowed: all later blocks work on what it leaves
 QUANTILES = (0.05, 0.25, 0.50, 0.75, 0.95)
 ROWS = 32  # sequences to a pass of the model
 
@@ -137,7 +138,9 @@ def ablated_cross_entropy(model: Model, layer: int, vector: Tensor, rows: Tensor
 
 def measure(model: Model, loaded: list[Sae], rows: Tensor, ce_rows: Tensor) -> pd.DataFrame:
     """Return a row per SAE: quality on ``rows``, loss with the SAE spliced in on ``ce_rows`` [n, CONTEXT]."""
-    layers = sorted({sae.layer for sae in loaded})
+    layers, device = sorted({sae.layer for sae in loaded}), model.device
+    rows, ce_rows = rows.to(device), ce_rows.to(device)
+    loaded = [sae.to(device) for sae in loaded]
     means = {layer: x.float().mean(0) for layer, x in harvest(model.layout, ce_rows, layers).items()}
     tallies = [Tally(sae, means[sae.layer]) for sae in loaded]
     with tqdm(total=len(rows) * (CONTEXT - 1), desc="activations", unit="token", unit_scale=True) as bar:
@@ -181,6 +184,8 @@ def card(row: dict, config: dict) -> str:
         f"{how.get('training_architecture') or row['architecture']} (SAELens {how.get('sae_lens_version')})",
         f"{how['training_tokens']:,} tokens of text" if how.get("training_tokens") else None,
         f"k = {details['k']}" if "k" in details else None,
+        f"seed {how['seed']}" if how.get("seed") else None,
+        f"the {how['frozen']} frozen as it was drawn" if how.get("frozen") else None,
         f"context {how['context_size']}" if how.get("context_size") else None,
         f"{how['icl_share']:.0%} of the later text made of x -> y prompts" if how.get("icl_share") else None,
     ]
@@ -200,11 +205,12 @@ def card(row: dict, config: dict) -> str:
         "| measure | value | target | |",
         "| --- | --- | --- | --- |",
     ]
-    for column, what, bound, upper in TARGETS:
-        met = row[column] <= bound if upper else row[column] >= bound
-        bound_said = f"{'at most' if upper else 'at least'} {bound:g}"
-        lines.append(f"| {what} | {row[column]:.3g} | {bound_said} | {'met' if met else '**not met**'} |")
+    for column, what, bound in TARGETS:
+        bound = LOSS_ADDED_EARLY if column == "ce_delta" and row["layer"] <= EARLY else bound
+        met = "met" if row[column] <= bound else "**not met**"
+        lines.append(f"| {what} | {row[column]:.3g} | at most {bound:g} | {met} |")
     others = {
+        "Loss recovered against zero ablation": f"{row['ce_recovered']:.3g}",
         "Median FVU of a token": f"{row['fvu_token_median']:.3g}",
         "L0, median": f"{row['l0_median']:.0f}",
         "Loss: clean, with the SAE, zero ablation, mean ablation (nats)": ", ".join(
@@ -244,7 +250,8 @@ def main() -> None:
     folder = args.folder or saes.SHIPPED / args.model
     try:
         corpus = build_corpus.read(cache_dir() / "corpus")
-        model = models.load(args.model, "cpu", models.fast_dtype(torch.device("cpu")))
+        device = torch.device(models.placement())
+        model = models.load(args.model, str(device), models.fast_dtype(device))
         loaded = [saes.load(model, folder, layer) for layer in saes.layers(model, folder)]
         stream = token_stream(model, "heldout", corpus)
         rows = windows(stream, math.ceil(args.tokens / (CONTEXT - 1)), model.tokenizer)
@@ -260,7 +267,7 @@ def main() -> None:
             files.write(place / "README.md", card(row, json.loads((place / saes.CONFIG).read_text())).encode())
     except ValueError as error:
         raise SystemExit(str(error)) from error
-    shown = ["layer", *(column for column, *_ in TARGETS), "fvu_token_median", "ce_delta"]
+    shown = ["layer", *(column for column, *_ in TARGETS), "fvu_token_median", "ce_recovered"]
     print(table[shown].to_string(index=False))
     print(f"Table: {saved}; a README.md beside each SAE in {folder}.")
 
