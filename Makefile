@@ -1,4 +1,4 @@
-# book: run the post's experiments on three tasks and build the book · report: all of them on every task · test
+# book: run the post's experiments on three tasks and build the book · report: all of them on every task · test: the suite
 # More: html (only rebuild the pages) stale serve lab lint saes evidence explore tasks bench audit clean. Each target installs what it needs into .venv.
 
 # The versions of Python that will do, as pyproject.toml says: >=3.11.5,<3.14. The newest that runs is taken.
