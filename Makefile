@@ -48,7 +48,7 @@ html: .venv/installed
 	echo "The book is $(CURDIR)/_build/html/index.html: open it in a browser, or run make serve."
 
 stale: .venv/installed
-	$(BIN)/python -m nb_utils.stale results/tables $(wildcard results/runs/tables)
+	$(BIN)/python -m workflow.stale results/tables $(wildcard results/runs/tables)
 
 model: .venv/installed
 	$(BIN)/python -m workflow.fetch_model "$$BOOK_MODEL"

@@ -25,7 +25,8 @@ import pandas as pd
 import torch
 
 from benchmarks import cases, peers
-from nb_utils import cleaning, engine, models, prompts, saes, tables, tasks
+from nb_utils import cleaning, engine, models, prompts, saes, tasks
+from nb_utils.record import tables
 
 PENALTIES = [0.3, 1.0, 3.0, 10.0]
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile")
@@ -281,17 +282,18 @@ def start_up(bench, case):
     with tempfile.TemporaryDirectory() as folder:
         source, path = Path(folder, "start.ipynb"), Path(folder, "kernels", "socket")
         path.parent.mkdir()
-        cell = "import os\nfrom nb_utils import engine, measurements, models, plots, saes, tables, tasks, vectors\n" + (
+        cell = "import os\nfrom nb_utils import engine, models, saes, scores, tasks, vectors\n" + (
+            "from nb_utils.record import tables\nfrom nb_utils.show import plots\n"
             f'sae = saes.load(models.load("{model.name}"), "shipped", {case.layer})\nprint(os.getppid())')
         kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
         cells = [new_markdown_cell("# Start"), new_code_cell("seed = 0", metadata={"tags": ["parameters"]})]
         nbformat.write(new_notebook(cells=[*cells, new_code_cell(cell)], metadata={"kernelspec": kernel}), source)
         parent = subprocess.Popen(
-            [sys.executable, "-m", "nb_utils.kernels", str(path), "--model", model.name], stdin=subprocess.PIPE)
+            [sys.executable, "-m", "workflow.kernels", str(path), "--model", model.name], stdin=subprocess.PIPE)
 
         def run(**more):
             output = Path(folder, "out.ipynb")
-            command = [sys.executable, "-m", "nb_utils.runs", source, "-o", output, "--log", f"{output}.log"]
+            command = [sys.executable, "-m", "workflow.runs", source, "-o", output, "--log", f"{output}.log"]
             start = time.perf_counter()
             subprocess.run(command, env=os.environ | more, check=True, stdout=subprocess.DEVNULL)
             whole = time.perf_counter() - start

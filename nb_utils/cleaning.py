@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nb_utils.dictionary import keep_largest
+from nb_utils.decompositions import keep_largest
 from nb_utils.engine import Site, Vocabulary
 from nb_utils.saes import Sae
 

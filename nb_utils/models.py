@@ -159,7 +159,7 @@ def _twin(hf: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     return twin.eval().requires_grad_(False)
 
 
-_KEPT: dict[tuple, Model] = {}  # only in the parent of forked kernels, see nb_utils.kernels
+_KEPT: dict[tuple, Model] = {}  # only in the parent of forked kernels, see workflow.kernels
 
 
 def keep(name: str) -> None:

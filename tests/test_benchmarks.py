@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import cases, measure
-from nb_utils import tables
+from nb_utils.record import tables
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a machine with a GPU may not have.

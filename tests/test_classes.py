@@ -7,7 +7,7 @@ import pytest
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
-from nb_utils import tables
+from nb_utils.record import tables
 from workflow import sweep_classes
 
 TABLE = json.loads(sweep_classes.TABLE.read_text())

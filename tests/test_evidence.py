@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 import torch
 
-from nb_utils import saes, tables
+from nb_utils import saes
+from nb_utils.record import tables
 from workflow import collect_evidence
 from workflow.collect_evidence import EXAMPLES, WIDTH, EvidenceError
 

@@ -14,7 +14,9 @@ import pytest
 from conftest import ROOT, export_code
 from playwright.sync_api import expect
 
-from nb_utils import tables, tasks, widgets
+from nb_utils import tasks
+from nb_utils.record import tables
+from nb_utils.show import widgets
 
 SETTINGS = {
     "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},
@@ -197,7 +199,7 @@ def backend():
 
 
 def test_steering_live_shows_the_numbers_of_the_modules(live, backend):
-    from nb_utils import microscope
+    from nb_utils.show import microscope
 
     box = live.get_by_role("group", name="Steering control")
     assert "Live" in box.locator(".nbw-status").inner_text()
@@ -321,7 +323,7 @@ def test_wrong_pairs_give_a_sentence_and_the_button_stays_alive(live, pairs, say
 
 
 def test_the_strip_follows_a_typed_prompt(live, backend):
-    from nb_utils import microscope
+    from nb_utils.show import microscope
 
     strip = live.get_by_role("group", name="Token strip")
     strip.locator('[data-field="layer"]').select_option("8")

@@ -33,8 +33,9 @@ from test_models import entry, shelf  # noqa: F401
 from test_notebooks import SIZES, TINY
 from test_tables import ORIGIN, STEM, made
 
-from nb_utils import exports, files, models, runs, saes, tables, tasks
-from workflow import build_corpus, collect_evidence, train_saes
+from nb_utils import exports, files, models, saes, tasks
+from nb_utils.record import tables
+from workflow import build_corpus, collect_evidence, runs, train_saes
 
 ROOT = tables.ROOT
 LONG = os.environ.get("BOOK_TEST_FAULTS") == "1"
@@ -106,7 +107,7 @@ def job_run(home):
     given = TINY | {key: value for key, value in SIZES.items() if key in known} | {"tables_dir": str(home / "out")}
     words = [word for key, value in given.items() for word in ("-p", key, str(value))]
     output = ["-o", str(home / "runs/antonyms.ipynb"), "--log", str(home / "log")]
-    return [sys.executable, "-m", "nb_utils.runs", str(notebook), *words, *output], home / "out"
+    return [sys.executable, "-m", "workflow.runs", str(notebook), *words, *output], home / "out"
 
 
 def job_workflow(home):

@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from nb_utils import evidence, tables
+from nb_utils.record import tables
+from nb_utils.show import evidence
 from workflow import feature_pages
 
 NASTY = ["<script>alert(1)</script>", "&lt;", "`code`", "$x$", "*a*_b_", "# h", "{{ x }}", "]]>", "|"]

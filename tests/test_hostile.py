@@ -23,8 +23,11 @@ from markdown_it import MarkdownIt
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 from mdit_py_plugins.substitution import substitution_plugin
 
-from nb_utils import plots, runs, tables, tasks
+from nb_utils import tasks
+from nb_utils.record import tables
+from nb_utils.show import plots
 from nb_utils.text import slug, verbatim, visible
+from workflow import runs
 
 ROOT = Path(__file__).resolve().parents[1]
 NASTY = [

@@ -14,7 +14,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from nb_utils import runs
+from workflow import runs
 
 ROOT = Path(__file__).resolve().parents[1]
 LOOK = """import os, sys, pandas as pd, torch, matplotlib.pyplot as plt
@@ -50,7 +50,7 @@ def parent(tmp_path, monkeypatch):
     def start(package=ROOT):
         path = tmp_path / "socket"
         process = subprocess.Popen(
-            [sys.executable, "-m", "nb_utils.kernels", str(path), "--model", "tiny"], stdin=subprocess.PIPE,
+            [sys.executable, "-m", "workflow.kernels", str(path), "--model", "tiny"], stdin=subprocess.PIPE,
             cwd=package, env={**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         started.append(process)
@@ -108,7 +108,7 @@ def test_a_kernel_ends_with_its_run_and_a_dead_one_fails_it(parent, notebook, tm
     tell = f"pathlib.Path({str(mark)!r}).write_text(str(os.getpid()))"
     slow = notebook(f"import os, pathlib, time\n{tell}\ntime.sleep(90)")
     run = subprocess.Popen(
-        [sys.executable, "-m", "nb_utils.runs", slow, "-o", tmp_path / "slow.ipynb"], start_new_session=True
+        [sys.executable, "-m", "workflow.runs", slow, "-o", tmp_path / "slow.ipynb"], start_new_session=True
     )
     wait_for(lambda: mark.exists() and mark.read_text())
     kernel = Path("/proc", mark.read_text())
@@ -129,7 +129,8 @@ def test_without_a_parent_a_run_starts_its_own_kernel(parent, notebook, tmp_path
 
 
 def test_a_parent_with_other_code_serves_nobody(parent, notebook, tmp_path):
-    shutil.copytree(ROOT / "nb_utils", tmp_path / "older/nb_utils", ignore=shutil.ignore_patterns("__pycache__"))
+    for part in ("nb_utils", "workflow"):
+        shutil.copytree(ROOT / part, tmp_path / "older" / part, ignore=shutil.ignore_patterns("__pycache__"))
     with (tmp_path / "older/nb_utils/engine.py").open("a") as file:
         file.write("# older\n")
     parent(tmp_path / "older")

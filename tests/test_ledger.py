@@ -9,10 +9,12 @@ import pandas as pd
 import pytest
 import yaml
 
-from nb_utils import claims, ledger, metrics, sources, tables
-from nb_utils.claims import Book, Choices, ClaimError
-from nb_utils.metrics import Comparison
-from nb_utils.tables import ROOT
+from book.ledger import claims, ledger
+from book.ledger.claims import Book, Choices, ClaimError
+from nb_utils import statistics
+from nb_utils.record import sources, tables
+from nb_utils.record.tables import ROOT
+from nb_utils.statistics import Comparison
 from workflow import choices
 
 PAGES = [
@@ -37,7 +39,7 @@ def book(tmp_path, monkeypatch):
         monkeypatch.setattr(sources, "maker", lambda stem: None)  # the copy keeps its provenance
         for path in (tmp_path / "tables" / stem / tables.MODEL).glob("*.parquet"):
             frame, origin = pd.read_parquet(path), tables.read_provenance(path)
-            here = metrics.rows(frame, **equal).index
+            here = statistics.rows(frame, **equal).index
             frame.loc[here, column] = frame.loc[here, column].map(how)
             tables.save(frame, stem, path.stem, origin)
         return Book()
@@ -91,7 +93,7 @@ def test_an_entry_that_is_there_twice_is_named(tmp_path):
 
 
 def test_verdicts_are_those_of_the_numbers(judged):
-    assert {row.verdict for row in judged.values()} <= {*metrics.VERDICTS, ledger.NOT_MEASURED}
+    assert {row.verdict for row in judged.values()} <= {*statistics.VERDICTS, ledger.NOT_MEASURED}
     for row in judged.values():
         if row.number is not None:
             if row.families is not None:
@@ -251,7 +253,7 @@ def test_executors_that_were_made_for_the_comparison_are_preferred(more):
 
 
 def test_a_rule_is_held_against_chance_on_the_largest_budget(more):
-    made = metrics.rows(Book().supports, seed=0, weights="tuned", k=20)
+    made = statistics.rows(Book().supports, seed=0, weights="tuned", k=20)
     made = pd.concat([made.assign(budget=12), made.assign(budget=96, losses=made["losses"] / 2)])
     short = claims.NUMBERS["rule_beats_random"](Book().otherwise(seeds="first")).mean
     row = ledger.judged("07_illusion", more("07_illusion_budgets", made))["rule_beats_random_longer"]
@@ -295,7 +297,7 @@ def test_the_table_of_choices_is_made_anew_only_if_something_it_reads_has_change
 @pytest.mark.parametrize("page", PAGES)
 def test_every_number_that_is_typed_in_prose_is_answered_for(page):
     loose = ledger.typed(page)
-    assert not loose, "take it from a table (glue), or list it in book/claims.yml under sentences or plain"
+    assert not loose, "take it from a table (glue), or list it in book/ledger under sentences or plain"
 
 
 def test_every_listed_sentence_is_still_there():

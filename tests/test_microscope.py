@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from nb_utils import engine, microscope, saes
-from nb_utils.microscope import MicroscopeError
+from nb_utils import engine, saes
+from nb_utils.show import microscope
+from nb_utils.show.microscope import MicroscopeError
 
 LAYER = 2
 

@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from nb_utils import runs, stale, tables
+from nb_utils.record import tables
+from workflow import runs, stale
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = sorted((ROOT / "book/experiments").glob("*.ipynb"))
@@ -166,7 +167,7 @@ def tables_of(tmp_path_factory):
 def tables_again(tmp_path_factory):
     """The same once more, in kernels that are forked from a warm parent, as the workflow has them."""
     folder = tmp_path_factory.mktemp("again")
-    command = [sys.executable, "-m", "nb_utils.kernels", str(folder / "socket"), "--model", "tiny"]
+    command = [sys.executable, "-m", "workflow.kernels", str(folder / "socket"), "--model", "tiny"]
     with pytest.MonkeyPatch.context() as patch, subprocess.Popen(command, stdin=subprocess.PIPE, cwd=ROOT) as parent:
         patch.setenv("NB_KERNELS", str(folder / "socket"))
         deadline = time.monotonic() + 60
@@ -209,7 +210,7 @@ def test_a_table_says_all_that_it_depends_on(path, tables_of):
         origin = tables.read_provenance(table)
         assert set(origin) == set(tables.PARTS)
         assert set(runs.known_parameters(path)) - set(stale.NOT_COMPARED) <= set(origin["parameters"])
-        text = {"text/neutral.json"} if "passages.load" in path.read_text() else set()
+        text = {"text/neutral.json"} if "passages.passages" in path.read_text() else set()
         assert set(origin["data_sha256"]) == {"antonyms.json"} | text and set(origin["sae_sha256"]) == {"2", "3"}
     read = {text for text in re.findall(r'"(\d\d_[a-z_]+)"', path.read_text().replace('\\"', '"'))}
     assert set(origin["inputs"]) == {stem for stem in read if not stem.startswith(path.stem)}

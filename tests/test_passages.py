@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from nb_utils import engine, models, passages
-from nb_utils.passages import Passage
+from nb_utils import engine, models, prompts
+from nb_utils.prompts import Passage
 from workflow import build_passages
 
-PLACES = [passages.at_separators, passages.at_random]
+PLACES = [prompts.at_separators, prompts.at_random]
 
 
 @pytest.fixture(scope="module", params=["tiny", "gemma-3-270m", "smollm2-135m-instruct"])
@@ -27,29 +27,29 @@ def read(tokenizer, ids):
 
 
 def test_the_shipped_passages_are_many_short_different_and_of_known_origin():
-    found = passages.load()
+    found = prompts.passages()
     assert len(found) == len({p.text for p in found}) == 96
     assert Counter(p.source for p in found) == dict.fromkeys(build_passages.PACKAGES, 32)
     assert all(200 <= len(p.text) <= 500 for p in found)
-    record = json.loads(passages.NEUTRAL.read_text(encoding="utf-8"))
+    record = json.loads(prompts.NEUTRAL.read_text(encoding="utf-8"))
     assert record["licence"] == "public domain" and all(p in record["origin"] for p in build_passages.PACKAGES)
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_every_shipped_passage_gives_a_prompt_whose_answer_is_the_text_that_follows(tokenizer, place):
-    found = passages.load()
+    found = prompts.passages()
     made = place(tokenizer, found, following=12)
     assert len(made) == len(found)
     for passage, prompt in zip(found, made, strict=True):
         (at,) = prompt.separators
-        assert at >= passages.BEFORE and len(prompt.ids) == at + 1 + 12 and prompt.ids[at + 1 :] == prompt.answer
+        assert at >= prompts.BEFORE and len(prompt.ids) == at + 1 + 12 and prompt.ids[at + 1 :] == prompt.answer
         assert prompt.accepted == (prompt.answer,)
         # A cut inside a character of several bytes leaves a replacement sign at the end.
         assert passage.text.startswith(read(tokenizer, prompt.ids).rstrip("\ufffd"))
 
 
 def test_a_steered_token_ends_like_a_separator_or_on_purpose_does_not(tokenizer):
-    found = passages.load()
+    found = prompts.passages()
     like, other = (
         [read(tokenizer, prompt.ids[: prompt.separators[0] + 1]) for prompt in place(tokenizer, found)]
         for place in PLACES
@@ -61,13 +61,13 @@ def test_a_steered_token_ends_like_a_separator_or_on_purpose_does_not(tokenizer)
 
 @pytest.mark.parametrize("text", ["a well-known fact", "at 10:30 sharp", "un=x"])
 def test_a_hyphen_or_colon_inside_a_word_is_no_separator(text):
-    marks = [mark[0] for mark in passages.SEPARATOR_LIKE.finditer(text)]
+    marks = [mark[0] for mark in prompts.SEPARATOR_LIKE.finditer(text)]
     assert marks == (["="] if "=" in text else [])
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_the_place_is_drawn_by_the_seed_alone(place):
-    tok, found = models.load("tiny").tokenizer, passages.load()[:20]
+    tok, found = models.load("tiny").tokenizer, prompts.passages()[:20]
     first = place(tok, found, seed=1)
     assert first == place(tok, found, seed=1) and first != place(tok, found, seed=2)
 
@@ -75,13 +75,13 @@ def test_the_place_is_drawn_by_the_seed_alone(place):
 def test_a_passage_without_a_separator_is_left_out():
     tok = models.load("tiny").tokenizer
     plain, marked = Passage("word " * 20, "own"), Passage("word " * 8 + "so: " + "word " * 8, "own")
-    assert len(passages.at_separators(tok, [plain, marked])) == 1 and len(passages.at_random(tok, [plain])) == 1
-    assert passages.at_separators(tok, [Passage("so: " + "word " * 20, "own")]) == [], "too near to the beginning"
+    assert len(prompts.at_separators(tok, [plain, marked])) == 1 and len(prompts.at_random(tok, [plain])) == 1
+    assert prompts.at_separators(tok, [Passage("so: " + "word " * 20, "own")]) == [], "too near to the beginning"
 
 
 def test_the_loss_of_a_passage_is_that_of_a_plain_forward_pass():
     tiny = models.load("tiny")
-    made = passages.at_separators(tiny.tokenizer, passages.load()[:6], following=5)
+    made = prompts.at_separators(tiny.tokenizer, prompts.passages()[:6], following=5)
     losses = engine.Site.prepare(tiny, made).unsteered().token_loss()[0]
     for prompt, loss in zip(made, losses, strict=True):
         log_p = tiny.hf(torch.tensor([prompt.ids])).logits[0].log_softmax(-1)

@@ -27,7 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks import cases, peers
-from nb_utils import cleaning, engine, models, plots, prompts, runs, saes, selftest, tasks, vectors
+from nb_utils import cleaning, engine, models, prompts, saes, selftest, tasks, vectors
+from nb_utils.show import plots
+from workflow import runs
 
 EXPERIMENTS = sorted(Path(__file__).resolve().parents[1].glob("book/experiments/*.ipynb"))
 ALL = [path.stem for path in EXPERIMENTS]

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.text import Text
 
-from nb_utils import plots, prompts
-from nb_utils.tables import ROOT
+from nb_utils import prompts
+from nb_utils.record.tables import ROOT
+from nb_utils.show import plots
 
 STORY = [
     "zero_shot", "few_shot", "task_vector", "centred_best_scale", "learned_vector", "reconstruct", "gradient_pursuit",
@@ -60,7 +61,7 @@ def drawn(ax):
 
 
 def test_every_method_of_the_modules_has_a_colour_and_a_name():
-    source = "".join((ROOT / "nb_utils" / f"{module}.py").read_text() for module in ("dictionary", "cleaning"))
+    source = "".join((ROOT / "nb_utils" / f"{module}.py").read_text() for module in ("decompositions", "cleaning"))
     public = set(re.findall(r"^def ([a-z]\w+)\(at: Streams", source, re.M))
     assert {"reconstruct", "gradient_pursuit", "random_support"} <= public
     assert public <= set(plots.COLORS)
@@ -109,7 +110,7 @@ def test_methods_whose_colours_are_near_for_anyone_have_different_markers():
 
 
 def test_the_lines_and_bars_of_the_widgets_can_be_told_apart_by_every_eye():
-    for path in (ROOT / "nb_utils/front").glob("*.js"):
+    for path in (ROOT / "nb_utils/show/front").glob("*.js"):
         for a, b in itertools.combinations(set(re.findall(r"#[0-9A-Fa-f]{6}", path.read_text())), 2):
             assert not near(a, b), f"{path.name}: {a} {b}"
 

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from nb_utils import runs
+from workflow import runs
 
 PARAMETERS = 'task = "antonyms"\nlayers = "8,10"\nseed = 0\nlearning_rate = 0.01\nnormalise = True'
 
@@ -80,7 +80,7 @@ def test_a_dead_kernel_fails_the_run(notebook, tmp_path):
 def test_a_killed_run_leaves_nothing_that_looks_finished(notebook, tmp_path):
     output, started = tmp_path / "out/run.ipynb", tmp_path / "started"
     slow = notebook(f"import pathlib, time\npathlib.Path({str(started)!r}).touch()\ntime.sleep(60)")
-    command = [sys.executable, "-m", "nb_utils.runs", str(slow), "-o", str(output)]
+    command = [sys.executable, "-m", "workflow.runs", str(slow), "-o", str(output)]
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not started.exists() and time.monotonic() < deadline:
@@ -152,7 +152,7 @@ def test_a_log_that_cannot_be_written_is_named(notebook, tmp_path):
 def test_ctrl_c_ends_a_run_with_one_line(notebook, tmp_path):
     started = tmp_path / "started"
     slow = notebook(f"import pathlib, time\npathlib.Path({str(started)!r}).touch()\ntime.sleep(60)")
-    command = [sys.executable, "-m", "nb_utils.runs", str(slow), "-o", str(tmp_path / "out/run.ipynb")]
+    command = [sys.executable, "-m", "workflow.runs", str(slow), "-o", str(tmp_path / "out/run.ipynb")]
     process = subprocess.Popen([*command, "--log", str(tmp_path / "log")], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not started.exists() and time.monotonic() < deadline:
@@ -168,7 +168,7 @@ OLD = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 @pytest.mark.parametrize("terminal, task", [({"PYTHONIOENCODING": "ascii"}, "日本"), (OLD, "en_es")])
 def test_a_terminal_without_the_characters_shows_question_marks(notebook, tmp_path, terminal, task):
-    command = [sys.executable, "-m", "nb_utils.runs", str(notebook()), "-p", "task", task]
+    command = [sys.executable, "-m", "workflow.runs", str(notebook()), "-p", "task", task]
     command += ["-o", str(tmp_path / "out/run.ipynb"), "--log", str(tmp_path / "log")]
     done = subprocess.run(command, capture_output=True, env={**os.environ, **terminal})
     assert done.returncode == 0 and done.stdout.startswith(b"01_run ? ") and b"Traceback" not in done.stderr

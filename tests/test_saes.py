@@ -37,7 +37,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from tokenizers.processors import TemplateProcessing
 
-from nb_utils import files, saes, tables
+from nb_utils import files, saes
+from nb_utils.record import tables
 from nb_utils.saes import SaeError
 from workflow import measure_saes, train_saes
 

@@ -18,11 +18,11 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from nb_utils import tables
+from nb_utils.record import tables
 from workflow import audit
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE = sorted(path for part in ("nb_utils", "workflow", "benchmarks") for path in (ROOT / part).glob("*.py"))
+CODE = sorted(path for part in ("nb_utils", "book", "workflow", "benchmarks") for path in (ROOT / part).rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "book").rglob("*.ipynb"))
 UNSAFE = re.compile(
     r"^(torch\.load|(c?pickle|cloudpickle|dill|joblib|marshal|shelve)\.\w+|pd\.read_pickle|yaml\.(load|unsafe_load)"

@@ -5,8 +5,8 @@ import shutil
 import nbformat
 import pytest
 
-from nb_utils import sources
-from nb_utils.tables import FOLDER, ROOT
+from nb_utils.record import sources
+from nb_utils.record.tables import FOLDER, ROOT
 
 PARTS = ("nb_utils", "workflow", "benchmarks", "book/experiments")
 
@@ -48,23 +48,23 @@ def test_every_committed_table_has_a_maker():
 def test_a_notebook_reaches_what_it_uses_directly_and_through_others():
     found = sources.reached(sources.maker("02_cleanup"))
     assert {
-        "02_cleanup.ipynb", "nb_utils.cleaning.prune_with_refit", "nb_utils.metrics.choose", "nb_utils.engine._rows",
-        "nb_utils.tasks.SIZES", "nb_utils.measurements.Candidate", "nb_utils.models.Model",
+        "02_cleanup.ipynb", "nb_utils.cleaning.prune_with_refit", "nb_utils.statistics.choose", "nb_utils.engine._rows",
+        "nb_utils.tasks.SIZES", "nb_utils.scores.Candidate", "nb_utils.models.Model",
     } <= set(found)  # fmt: skip
-    others = ("nb_utils.metrics.survivors", "nb_utils.metrics.block_order")
+    others = ("nb_utils.statistics.survivors", "nb_utils.statistics.block_order")
     assert not set(others) & set(found)
-    assert not [name for name in found if name.startswith(("nb_utils.plots", "nb_utils.tables", "nb_utils.exports"))]
+    assert not [name for name in found if name.startswith(("nb_utils.show", "nb_utils.record", "nb_utils.exports"))]
 
 
 ALL = {"01_reconstruction_loss", "02_cleanup", "04_detectors", "05_cross_task_steering"}
 CHANGES = {
-    "what 01 alone measures": ("dictionary.py", "algorithm) -> Codes:\n", "algorithm) -> Codes:\n    k = 1\n", {0}),
-    "what 04 and 05 take": ("metrics.py", "most: int = 5, k: int = 10", "most: int = 5, k: int = 20", {2, 3}),
+    "what 01 alone measures": ("decompositions.py", "algorithm) -> Codes:\n", "algorithm) -> Codes:\n    k = 1\n", {0}),
+    "what 04 and 05 take": ("statistics.py", "most: int = 5, k: int = 10", "most: int = 5, k: int = 20", {2, 3}),
     "what others call": ("engine.py", "keep: int = 16384", "keep: int = 8192", {1, 2, 3}),
     "a constant": ("tasks.py", '"vector": 0.35, "train": 0.20', '"vector": 0.30, "train": 0.25', {0, 1, 2, 3}),
     "a comment": ("tasks.py", "# The smallest bucket that", "# The least bucket that", set()),
     "a docstring": ("tasks.py", '"""A named set of pairs', '"""A set of pairs', set()),
-    "a colour": ("plots.py", "#333333", "#333334", set()),
+    "a colour": ("show/plots.py", "#333333", "#333334", set()),
     "what nothing measures with": ("exports.py", "import hashlib", "import hashlib, zlib", set()),
 }  # fmt: skip
 

@@ -6,8 +6,9 @@ import shutil
 import pandas as pd
 import pytest
 
-from nb_utils import sources, stale, tables
-from nb_utils.tables import MODEL, ROOT
+from nb_utils.record import sources, tables
+from nb_utils.record.tables import MODEL, ROOT
+from workflow import stale
 
 STEM, INPUT = "04_detectors", "02_cleanup_features"
 FRAME = pd.DataFrame({"task": ["antonyms"], "layer": [4], "loss": [1.5]})

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from nb_utils import sources, tables
-from nb_utils.tables import ROOT, TableError
+from nb_utils.record import sources, tables
+from nb_utils.record.tables import ROOT, TableError
 
 STEM = "01_reconstruction_loss"
 ORIGIN = {"parameters": {"seed": 0}}
@@ -229,7 +229,8 @@ def test_nb_tables_overrides_the_default_folder_only(tmp_path, monkeypatch):
 
 
 def test_findings_need_no_torch():
-    script = "import sys; from nb_utils import metrics, plots, tables; sys.exit('torch' in sys.modules)"
+    reads = "from book.ledger import ledger; from nb_utils.show import evidence, plots"
+    script = f"import sys; {reads}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, env={**os.environ}).returncode == 0
 
 

@@ -7,7 +7,9 @@ import time
 
 import pytest
 
-from nb_utils import tables, tasks, widgets
+from nb_utils import tasks
+from nb_utils.record import tables
+from nb_utils.show import widgets
 
 PAIRS = "\n".join(f"{'x' * (i % 3)}{i} -> yes{i % 2}" for i in range(20))
 
@@ -93,7 +95,7 @@ def test_words_stand_where_a_control_cannot_be_drawn(build, monkeypatch):
 
 
 def test_the_steering_control_answers_what_the_modules_compute(backend):
-    from nb_utils import microscope
+    from nb_utils.show import microscope
 
     widget = widgets.steering("tiny", backend)
     reply = asked(widget, **STEER)
@@ -224,7 +226,7 @@ def test_the_browser_sides_never_write_markup():
 
 
 def test_building_the_page_needs_neither_torch_nor_a_model():
-    code = "import sys\nfrom nb_utils import widgets\n" + "\n".join(
+    code = "import sys\nfrom nb_utils.show import widgets\n" + "\n".join(
         f"widgets.{build.__name__}(backend=widgets.Backend('no-such-model'))" for build in BUILDERS
     ) + "\nassert not {'torch', 'transformers', 'sae_lens'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 
 from nb_utils import files
-from nb_utils.passages import NEUTRAL, SEPARATOR_LIKE
+from nb_utils.prompts import NEUTRAL, SEPARATOR_LIKE
 from workflow.build_corpus import SOURCES, CorpusError, read
 
 # Narrative and drama, speeches, and entries of a reference work.

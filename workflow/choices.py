@@ -5,8 +5,9 @@ The table is made anew only if a table that it reads, the claims or their code h
 
 from pathlib import Path
 
-from nb_utils import ledger, sources, tables
-from nb_utils.claims import Book
+from book.ledger import ledger
+from book.ledger.claims import Book
+from nb_utils.record import sources, tables
 
 NAME = "claims"  # the one table of the stem
 

@@ -24,9 +24,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from nb_utils import files, models, saes, tables
+from nb_utils import files, models, saes
 from nb_utils.models import Model, cache_dir
 from nb_utils.prompts import begin, opening
+from nb_utils.record import tables
 from nb_utils.saes import Sae
 from workflow import build_corpus
 from workflow.train_saes import CONTEXT, harvest

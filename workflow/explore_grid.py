@@ -10,8 +10,10 @@ import argparse
 import pandas as pd
 import torch
 
-from nb_utils import engine, microscope, models, prompts, saes, tables, tasks, workbench
-from nb_utils.widgets import KEPT, N_EXAMPLES, N_TEST, N_TOKENS, PENALTY, WHOLE, pruned_vector, survivors
+from nb_utils import engine, models, prompts, saes, tasks, workbench
+from nb_utils.record import tables
+from nb_utils.show import microscope
+from nb_utils.show.widgets import KEPT, N_EXAMPLES, N_TEST, N_TOKENS, PENALTY, WHOLE, pruned_vector, survivors
 
 TASKS = ("antonyms", "en_es", "present_simple_past_simple")
 SCALES = (-0.5, -0.25, -0.1, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0)

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from nb_utils import evidence, files, plots, tables
-from nb_utils.evidence import Feature
+from nb_utils import files
+from nb_utils.record import tables
+from nb_utils.show import evidence, plots
+from nb_utils.show.evidence import Feature
 
 FOLDER = tables.ROOT / "book/features"
 CORPUS = tables.ROOT / "saes/corpus.json"

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nb_utils import files, models, saes, tables
+from nb_utils import files, models, saes
 from nb_utils.layouts import Layout
 from nb_utils.models import EMBEDDED, Model, cache_dir
 from nb_utils.prompts import begin
+from nb_utils.record import tables
 from nb_utils.saes import Sae
 from workflow import build_corpus
 from workflow.train_saes import CONTEXT, harvest, token_stream

@@ -1,16 +1,15 @@
-"""The ledger: what the post, the paper and we claim (book/claims.yml), and what the tables say of it.
+"""The ledger: what the post, the paper and we claim (the files beside this one), and what the tables say of it.
 
-Claims and sentences stand in that file as data, the numbers that decide them in `nb_utils.claims`. What the verdicts
-would be had we chosen otherwise is a table of its own, CHOICES.
+Claims and sentences stand there as data, the numbers that decide them in `post` and `real`. What the verdicts would
+be had we chosen otherwise is a table of its own, CHOICES.
 """
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import reduce
 from html import escape
 from pathlib import Path
 
@@ -19,11 +18,15 @@ import pandas as pd
 import yaml
 from pandas.io.formats.style import Styler
 
-from nb_utils import claims, metrics, plots, tables
-from nb_utils.claims import Book, ClaimError
-from nb_utils.metrics import RELATIONS, Comparison
+from book.ledger import claims, post, real
+from book.ledger.claims import Book, ClaimError
+from nb_utils import statistics
+from nb_utils.record import tables
+from nb_utils.show import plots
+from nb_utils.statistics import RELATIONS, Comparison
 
-FILE = tables.ROOT / "book/claims.yml"
+PARTS = (post, real)  # where the numbers are
+FOLDER = tables.ROOT / "book/ledger"
 # How a number in a unit is written.
 UNITS = {
     "nats": "{:+.2f} nats", "features": "{:.1f} features", "share": "{:.0%}", "change of share": "{:+.1%}",
@@ -119,15 +122,18 @@ class Row:
         return written[written.index("[") :]
 
 
-def read(path: Path = FILE) -> dict:
-    """Return the file as it is: ``claims``, ``sentences`` and ``plain``, the phrases whose numbers state no result."""
-    return yaml.safe_load(Path(path).read_text())
+def read(path: Path = FOLDER) -> dict:
+    """Return what a file, or all files of a folder say: ``claims``, ``sentences`` and ``plain``, each one list."""
+    files = sorted(path.glob("*.yml")) if path.is_dir() else [path]
+    parts = [yaml.safe_load(file.read_text()) for file in files]
+    kinds = ("claims", "sentences", "plain")
+    return {kind: [entry for part in parts for entry in part.get(kind, [])] for kind in kinds}
 
 
-def entries(path: Path = FILE) -> list[Claim]:
+def entries(path: Path = FOLDER) -> list[Claim]:
     """Return all claims in the order of the file.
 
-    Raises ClaimError, naming the entry, if one is incomplete, twice there, or has no function in `nb_utils.claims`.
+    Raises ClaimError, naming the entry, if one is incomplete, twice there, or has no function in `PARTS`.
     """
     found: dict[str, Claim] = {}
     for entry in read(path)["claims"]:
@@ -139,7 +145,8 @@ def entries(path: Path = FILE) -> list[Claim]:
         if claim.id in found:
             raise ClaimError(f"The claim {claim.id!r} is there twice.")
         if claim.number not in claims.NUMBERS:
-            raise ClaimError(f"The claim {claim.id!r} has no function {claim.number!r} in nb_utils/claims.py.")
+            modules = " or ".join(part.__name__ for part in PARTS)
+            raise ClaimError(f"The claim {claim.id!r} has no function {claim.number!r} in {modules}.")
         if claim.source not in SOURCES or claim.unit not in UNITS or not _is_bound(claim.holds):
             raise ClaimError(
                 f"The claim {claim.id!r} needs a source of {', '.join(SOURCES)}, a unit of {', '.join(UNITS)}, "
@@ -149,7 +156,7 @@ def entries(path: Path = FILE) -> list[Claim]:
     return list(found.values())
 
 
-def judged(page: str | None = None, book: Book | None = None, path: Path = FILE) -> dict[str, Row]:
+def judged(page: str | None = None, book: Book | None = None, path: Path = FOLDER) -> dict[str, Row]:
     """Judge the claims of a page (None: of all pages), by id. A claim whose table is missing is not measured."""
     book = book or Book()
     return {claim.id: _judge(claim, book) for claim in entries(path) if page in (None, claim.page)}
@@ -158,7 +165,7 @@ def judged(page: str | None = None, book: Book | None = None, path: Path = FILE)
 def _judge(claim: Claim, book: Book) -> Row:
     try:
         number, decides = book.decide(claim.number), claim.decides.format_map(book)
-        return Row(claim, number, decides, metrics.over_families(number.by_task, book.family))
+        return Row(claim, number, decides, statistics.over_families(number.by_task, book.family))
     except (ClaimError, tables.TableError) as error:
         return Row(claim, None, str(error).replace(f"{tables.ROOT}/", ""))  # a page shows it
 
@@ -192,7 +199,7 @@ def _unbroken(text: object) -> str:
 # Other choices
 
 
-def otherwise(book: Book | None = None, path: Path = FILE, only: Collection[str] | None = None) -> pd.DataFrame:
+def otherwise(book: Book | None = None, path: Path = FOLDER, only: Collection[str] | None = None) -> pd.DataFrame:
     """Judge every claim as the book chooses, and again under each of `claims.OTHERWISE` (or ``only`` these).
 
     Columns: claim (its id), choice, verdict, mean, low, high, met (tasks on the asked side), tasks.
@@ -209,7 +216,7 @@ def otherwise(book: Book | None = None, path: Path = FILE, only: Collection[str]
     return pd.DataFrame(lines).astype({"met": "Int64", "tasks": "Int64"})
 
 
-def depending(found: pd.DataFrame, path: Path = FILE) -> pd.DataFrame:
+def depending(found: pd.DataFrame, path: Path = FOLDER) -> pd.DataFrame:
     """Return the rows of `otherwise` whose verdict is not the printed one, with that and both numbers as text.
 
     Rows that are not measured are left out. Columns: claim (in words), printed, choice, verdict.
@@ -254,7 +261,7 @@ def prose(page: str | Path) -> str:
     return text
 
 
-def typed(page: str | Path, path: Path = FILE) -> list[str]:
+def typed(page: str | Path, path: Path = FOLDER) -> list[str]:
     """List the numbers that are typed on a page and that no entry of the file answers for, each with its context."""
     found, text = read(path), prose(page)
     said = [entry["says"] for entry in found["sentences"] if str(page) in pages(entry)]
@@ -263,7 +270,7 @@ def typed(page: str | Path, path: Path = FILE) -> list[str]:
     return [text[max(0, m.start() - 40) : m.end() + 30] for m in NUMBER.finditer(text)]
 
 
-def unsupported(book: Book | None = None, path: Path = FILE) -> list[str]:
+def unsupported(book: Book | None = None, path: Path = FOLDER) -> list[str]:
     """Check every listed sentence against the tables and settings; say of each that fails what it says and why."""
     book, failed = book or Book(), []
     for entry in read(path)["sentences"]:
@@ -292,8 +299,7 @@ def _unsupported(entry: Mapping, book: Book) -> str | None:
             return f"there are no tables of {stem}"
         return next((f"{entry['setting']} was {one}" for one in used if one != entry["is"]), None)
     if "constant" in entry:
-        module, *names = entry["constant"].split(".")
-        value = reduce(getattr, names, importlib.import_module(f"nb_utils.{module}"))
+        value = pkgutil.resolve_name(entry["constant"])
         return None if value == entry["is"] else f"{entry['constant']} is {value}"
     value = book.decide(entry["number"])
     relation, bound = entry["holds"].split()[0], float(entry["holds"].split()[1])

@@ -1,9 +1,9 @@
 """Kernels forked from a parent that has done the imports and loaded the model, so that no run pays for them again.
 
-    python -m nb_utils.kernels /tmp/private/kernels --model gemma-3-270m
+    python -m workflow.kernels /tmp/private/kernels --model gemma-3-270m
 
 The workflow starts this parent before its first job. It ends when its standard input does, that is, with the workflow,
-however that ends, and its kernels end with it: nobody waits for them any more. A run (`nb_utils.runs`) asks for a
+however that ends, and its kernels end with it: nobody waits for them any more. A run (`workflow.runs`) asks for a
 kernel through the socket, which only its owner may use. The parent never executes a cell: every kernel is a fresh copy
 of it, as clean as a new process. Where there is no parent, or it imported other code than there is now, a run starts a
 kernel of its own.
@@ -28,19 +28,21 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
+import nb_utils
+
 # What the experiments import. A module that is missing here costs time in every run, and nothing else.
 MODULES = (
     "IPython", "ipykernel.ipkernel", "ipykernel.kernelapp", "numpy", "pandas", "pyarrow.parquet", "sae_lens", "seaborn",
-    "torch", "transformers", "nb_utils.cleaning", "nb_utils.dictionary", "nb_utils.engine", "nb_utils.measurements",
-    "nb_utils.metrics", "nb_utils.models", "nb_utils.passages", "nb_utils.plots", "nb_utils.prompts", "nb_utils.saes",
-    "nb_utils.tables", "nb_utils.tasks", "nb_utils.vectors",
+    "torch", "transformers", "nb_utils.cleaning", "nb_utils.decompositions", "nb_utils.engine", "nb_utils.models",
+    "nb_utils.prompts", "nb_utils.record.tables", "nb_utils.saes", "nb_utils.scores", "nb_utils.show.plots",
+    "nb_utils.statistics", "nb_utils.tasks", "nb_utils.vectors",
 )  # fmt: skip
 
 
 def version() -> str:
     """Hash our modules: a parent that has imported others serves nobody."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in [*sorted(Path(nb_utils.__file__).parent.rglob("*.py")), Path(__file__)]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -167,7 +169,7 @@ def attach(path: str | Path, arguments: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m nb_utils.kernels", description="Fork kernels from a warm parent.")
+    parser = argparse.ArgumentParser(prog="python -m workflow.kernels", description="Fork kernels from a warm parent.")
     parser.add_argument("socket", help="where runs ask for a kernel")
     parser.add_argument("--model", help="loaded once, for all kernels")
     parser.add_argument("--attach", nargs=argparse.REMAINDER, help="ask for a kernel (Jupyter calls this)")

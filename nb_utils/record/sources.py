@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("nb_utils", "workflow", "benchmarks")
-AFTER_MEASURING = ("nb_utils.files", "nb_utils.plots", "nb_utils.tables", "nb_utils.text")
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("nb_utils", "book", "workflow", "benchmarks")
+AFTER_MEASURING = ("nb_utils.files", "nb_utils.show.plots", "nb_utils.record.tables", "nb_utils.text")
 LOOSE = "(statements)"
 # Tables that no experiment makes, and what does.
 SCRIPTS = {

@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 import torch
 
-from nb_utils import engine, measurements, prompts, tables, tasks
-from nb_utils.measurements import Candidate
+from nb_utils import engine, prompts, scores, tasks
+from nb_utils.record import tables
+from nb_utils.scores import Candidate
 
 # What `tables` knows of, less what only a cleaning, its latents or the task's name add.
 COLUMNS = set(tables.DTYPES) - {
@@ -49,8 +50,8 @@ def plain(model, prompt, vector, layer):
 
 def test_rows_and_baselines_have_the_columns_that_the_tables_expect(tiny, site, tmp_path):
     candidates = [Candidate("task_vector", noise(tiny, 1)[0]), Candidate("pursuit", noise(tiny, 1, 1)[0], k=5, l0=4)]
-    base = measurements.baseline(site, "zero_shot")
-    rows = measurements.rows(site, 2, candidates, base.loss[0])
+    base = scores.baseline(site, "zero_shot")
+    rows = scores.rows(site, 2, candidates, base.loss[0])
     assert set(base) == set(rows) == COLUMNS
     whole = pd.concat([base, rows], ignore_index=True).assign(task="toy")
     tables.save(whole, "01", "toy", {}, folder=tmp_path)
@@ -65,7 +66,7 @@ def test_rows_and_baselines_have_the_columns_that_the_tables_expect(tiny, site, 
 def test_what_a_candidate_brings_along_stands_in_its_row(tiny, site):
     vector = noise(tiny, 1)[0]
     candidate = Candidate("clean", vector, 7, 5, scale=2.0, penalty=0.3, seed=4, extra={"step": 90, "train_loss": 1.5})
-    row = measurements.rows(site, 1, [candidate], 1.0, "replace", on="sentence").iloc[0]
+    row = scores.rows(site, 1, [candidate], 1.0, "replace", on="sentence").iloc[0]
     expected = dict(
         layer=1, method="clean", mode="replace", k=7, l0=5, scale=2.0, penalty=0.3, seed=4, on="sentence", step=90,
         train_loss=1.5, n=len(PAIRS),
@@ -75,7 +76,7 @@ def test_what_a_candidate_brings_along_stands_in_its_row(tiny, site):
 
 def test_losses_are_those_of_plain_forward_passes(tiny, site):
     vectors, layer, zero_shot = noise(tiny, 2), 3, 7.0
-    rows = measurements.rows(site, layer, [Candidate(str(i), v) for i, v in enumerate(vectors)], zero_shot)
+    rows = scores.rows(site, layer, [Candidate(str(i), v) for i, v in enumerate(vectors)], zero_shot)
     for i, vector in enumerate(vectors):
         two, mean, first, whole = [], [], [], []
         for prompt in site.prompts:
@@ -103,21 +104,21 @@ def test_an_accepted_answer_counts_as_right_and_a_longer_one_by_its_first_token(
         dataclasses.replace(prompt, accepted=prompt.accepted + more)
         for prompt, more in zip(site.prompts, extra, strict=True)
     ]
-    row = measurements.baseline(engine.Site.prepare(tiny, batch), "zero_shot").iloc[0]
+    row = scores.baseline(engine.Site.prepare(tiny, batch), "zero_shot").iloc[0]
     assert row.accuracy == pytest.approx(5 / 7)
 
 
 def test_where_an_answer_was_cut_short_nothing_is_said_of_the_whole_one(tiny, site):
     """All of these answers have more than one token."""
     cut = engine.Site.prepare(tiny, prompts.zero_shot(tiny.tokenizer, PAIRS), answer_tokens=1)
-    row, whole = (measurements.baseline(where, "zero_shot").iloc[0] for where in (cut, site))
+    row, whole = (scores.baseline(where, "zero_shot").iloc[0] for where in (cut, site))
     assert pd.isna(row.exact) and pd.isna(row.token_loss) and row.accuracy == whole.accuracy
     assert not pd.isna(whole.exact) and not pd.isna(whole.token_loss)
 
 
 def test_a_zero_vector_measures_what_the_baseline_measures(tiny, site):
-    base = measurements.baseline(site, "zero_shot")
-    row = measurements.rows(site, 2, [Candidate("nothing", torch.zeros(tiny.d_model))], base.loss[0])
+    base = scores.baseline(site, "zero_shot")
+    row = scores.rows(site, 2, [Candidate("nothing", torch.zeros(tiny.d_model))], base.loss[0])
     for measure in MEASURES:
         assert row[measure][0] == pytest.approx(base[measure][0], abs=1e-4)
     assert row.losses[0] == pytest.approx(base.losses[0], abs=1e-4)
@@ -126,7 +127,7 @@ def test_a_zero_vector_measures_what_the_baseline_measures(tiny, site):
 
 def test_a_relative_loss_refers_to_the_zero_shot_loss_that_is_given(tiny, site):
     few = engine.Site.prepare(tiny, prompts.few_shot(tiny.tokenizer, PAIRS, PAIRS, 3, seed=0))
-    row = measurements.baseline(few, "few_shot", zero_shot=10.0)
+    row = scores.baseline(few, "few_shot", zero_shot=10.0)
     assert row.rel_loss[0] == pytest.approx(row.loss[0] / 10 - 1)
 
 
@@ -134,40 +135,40 @@ def test_the_distance_to_a_reference_is_its_mean_divergence_from_the_steered_dis
     few = engine.Site.prepare(tiny, prompts.few_shot(tiny.tokenizer, PAIRS, PAIRS, 3, seed=0))
     reference = few.log_probs(torch.zeros(1, tiny.d_model), tiny.n_layers - 1)[0]
     vector = noise(tiny, 1)[0]
-    row = measurements.rows(site, 2, [Candidate("v", vector)], 1.0, reference=reference)
+    row = scores.rows(site, 2, [Candidate("v", vector)], 1.0, reference=reference)
     steered = torch.stack([plain(tiny, prompt, vector, 2)[0] for prompt in site.prompts])
     expected = (reference.exp() * (reference - steered)).sum(-1).mean().item()
     assert row.d_ntp[0] == pytest.approx(expected, rel=1e-3)
-    assert measurements.rows(site, 2, [Candidate("v", vector)], 1.0).d_ntp.isna().all()
+    assert scores.rows(site, 2, [Candidate("v", vector)], 1.0).d_ntp.isna().all()
 
 
 def test_the_best_scale_follows_the_slope_of_the_loss(tiny, site):
     vector = torch.zeros(1, tiny.d_model, requires_grad=True)
     (slope,) = torch.autograd.grad(site.loss(vector, 2)[0], vector)
     down = -0.01 * slope[0] / slope.norm()
-    assert measurements.best_scale(site, 2, down, scales=(-1.0, 0.0, 1.0)) == 1.0
-    assert measurements.best_scale(site, 2, -down, scales=(-1.0, 0.0, 1.0)) == -1.0
-    assert measurements.best_scale(site, 2, -1000 * down, scales=(0.0, 1.0)) == 0.0
+    assert scores.best_scale(site, 2, down, scales=(-1.0, 0.0, 1.0)) == 1.0
+    assert scores.best_scale(site, 2, -down, scales=(-1.0, 0.0, 1.0)) == -1.0
+    assert scores.best_scale(site, 2, -1000 * down, scales=(0.0, 1.0)) == 0.0
 
 
 @pytest.mark.parametrize("mode", ["add", "replace"])
 def test_the_best_scale_has_the_lowest_loss_of_all_that_were_tried(tiny, site, mode):
     vector, scales = 3 * noise(tiny, 1)[0], (-2.0, -1.0, 0.25, 0.5, 1.0, 2.0)
     losses = {scale: site.loss(scale * vector[None], 1, mode).item() for scale in scales}
-    assert measurements.best_scale(site, 1, vector, mode, scales) == min(losses, key=losses.get)
+    assert scores.best_scale(site, 1, vector, mode, scales) == min(losses, key=losses.get)
 
 
 def test_the_best_scale_can_be_chosen_over_a_part_of_the_vocabulary(tiny, site):
     vector, scales, few = 3 * noise(tiny, 1)[0], (-2.0, -1.0, 0.25, 0.5, 1.0, 2.0), engine.vocabulary(site, keep=40)
     losses = {scale: site.loss(scale * vector[None], 1, vocabulary=few).item() for scale in scales}
     assert losses != {scale: site.loss(scale * vector[None], 1).item() for scale in scales}
-    assert measurements.best_scale(site, 1, vector, "add", scales, few) == min(losses, key=losses.get)
+    assert scores.best_scale(site, 1, vector, "add", scales, few) == min(losses, key=losses.get)
 
 
 def test_several_seeds_need_a_block_to_be_repeated_at():
-    assert measurements.repeated([6, 8, 11], "all", 5) == [6, 8, 11]
-    assert measurements.repeated([6, 8, 11], "11, 6", 5) == [6, 11]
-    assert measurements.repeated([6, 8, 11], 8, 5) == [8]
-    assert measurements.repeated([6, 8], "11", 1) == []
+    assert scores.repeated([6, 8, 11], "all", 5) == [6, 8, 11]
+    assert scores.repeated([6, 8, 11], "11, 6", 5) == [6, 11]
+    assert scores.repeated([6, 8, 11], 8, 5) == [8]
+    assert scores.repeated([6, 8], "11", 1) == []
     with pytest.raises(ValueError, match=r"repeat_layers is 11, layers are 6, 8; let it name one of these\."):
-        measurements.repeated([6, 8], "11", 2)
+        scores.repeated([6, 8], "11", 2)

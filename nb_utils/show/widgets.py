@@ -21,8 +21,9 @@ import pandas as pd
 import traitlets
 from IPython.display import HTML, display
 
-from nb_utils import tables, tasks
-from nb_utils.metrics import rows
+from nb_utils import tasks
+from nb_utils.record import tables
+from nb_utils.statistics import rows
 from nb_utils.text import verbatim
 
 FRONT = Path(__file__).with_name("front")
@@ -78,7 +79,8 @@ class Backend:
 
     def _prompt(self, text: str, answer: str):
         """Read a typed prompt and prepare its site."""
-        from nb_utils import engine, microscope
+        from nb_utils import engine
+        from nb_utils.show import microscope
 
         read = microscope.prompt(self.model.tokenizer, text, answer)
         return engine.Site.prepare(self.model, [read], answer_tokens=2)
@@ -92,7 +94,7 @@ class Backend:
 
     def direction(self, task: str, layer: int, latent: int):
         """Return a unit direction [d_model]: of a latent, or of all pruned features of a task together (`WHOLE`)."""
-        from nb_utils import microscope
+        from nb_utils.show import microscope
 
         if latent != WHOLE:
             return microscope.direction(self.sae(layer), latent)
@@ -233,7 +235,7 @@ class Steering(_Live):
             return {"evidence": next(iter(found.values()), None)}
         import torch
 
-        from nb_utils import microscope
+        from nb_utils.show import microscope
 
         vector = self.backend.steering_vector(question["task"], layer, latent, question["scale"])
         if what == "mean":
@@ -262,7 +264,7 @@ class Steering(_Live):
         }
 
     def _shown(self, view, known: bool) -> dict:
-        from nb_utils import microscope
+        from nb_utils.show import microscope
 
         return {
             "tokens": microscope.pieces(self.backend.model.tokenizer, [token for token, _ in view.top]),
@@ -492,7 +494,8 @@ class TokenStrip(_Live):
         return {"layers": list(self.backend.layers)}
 
     def answer(self, question: Mapping) -> dict:
-        from nb_utils import microscope, prompts
+        from nb_utils import prompts
+        from nb_utils.show import microscope
 
         model, layer = self.backend.model, self.backend.layer(question.get("layer"))
         latents = question.get("latents")

@@ -1,6 +1,6 @@
 """Stale tables: those that today's code, parameters, data, model, SAEs or packages would not give.
 
-    python -m nb_utils.stale results/tables results/runs/tables
+    python -m workflow.stale results/tables results/runs/tables
 
 It names them in groups and exits with 1 if there are any. A table that is not stale need not be made again. The
 parameters are those of the settings that write into the folder: the report's, or the quick ones of the book.
@@ -20,9 +20,10 @@ from pathlib import Path
 
 import yaml
 
-from nb_utils import runs, sources, tables
-from nb_utils.tables import ROOT, TableError
+from nb_utils.record import sources, tables
+from nb_utils.record.tables import ROOT, TableError
 from nb_utils.text import print_anything
+from workflow import runs
 
 SETTINGS, MODELS = [ROOT / "workflow/report.yaml", ROOT / "workflow/book.yaml"], ROOT / "workflow/models.yaml"
 # Parameters that say what a table is of or where it is stored, or that it holds by what they led to on its machine.
@@ -226,7 +227,7 @@ def _listed(names: list[str], total: int, most: int = 5) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line: 0 if there are no stale tables, 1 if there are some, 2 if that cannot be found out."""
-    parser = argparse.ArgumentParser(prog="python -m nb_utils.stale", description="Name the tables to make again.")
+    parser = argparse.ArgumentParser(prog="python -m workflow.stale", description="Name the tables to make again.")
     parser.add_argument("folders", nargs="*", default=[tables.FOLDER], help="where the tables are")
     print_anything()
     any_stale = False

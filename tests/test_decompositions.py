@@ -7,16 +7,16 @@ import pytest
 import scipy.optimize
 import torch
 
-from nb_utils import dictionary, saes, tasks, vectors
+from nb_utils import decompositions, saes, tasks, vectors
 from nb_utils.saes import Sae
 from nb_utils.vectors import Streams
 
 METHODS = [
-    dictionary.reconstruct, dictionary.vector_on_reconstruction,
-    dictionary.gradient_pursuit, dictionary.nonnegative_omp,
-    dictionary.top_k_projection, dictionary.random_support, dictionary.contrast_codes,
+    decompositions.reconstruct, decompositions.vector_on_reconstruction,
+    decompositions.gradient_pursuit, decompositions.nonnegative_omp,
+    decompositions.top_k_projection, decompositions.random_support, decompositions.contrast_codes,
 ]  # fmt: skip
-PURSUITS = [dictionary.gradient_pursuit, dictionary.nonnegative_omp]
+PURSUITS = [decompositions.gradient_pursuit, decompositions.nonnegative_omp]
 
 
 @pytest.fixture(scope="module")
@@ -60,23 +60,23 @@ def orthogonal(d=12, seed=0):
 @pytest.mark.parametrize("method", METHODS, ids=lambda f: f.__name__)
 def test_vector_plus_error_is_the_target_and_the_vector_is_what_the_codes_decode_to(at, sae, method):
     found = method(at, 2, sae, 6)
-    contrast = method is dictionary.contrast_codes
+    contrast = method is decompositions.contrast_codes
     target = vectors.centred_task_vector(at, 2) if contrast else vectors.task_vector(at, 2)
     torch.testing.assert_close(found.target, target)
     torch.testing.assert_close(found.vector + found.error, target)
     torch.testing.assert_close(found.vector, sae.decode(found.codes, bias=not contrast))
     assert found.l0 == len(found.codes.nonzero()) > 0
-    if method not in (dictionary.reconstruct, dictionary.vector_on_reconstruction):
+    if method not in (decompositions.reconstruct, decompositions.vector_on_reconstruction):
         assert found.l0 <= 6
 
 
 def test_reconstruction_encodes_the_mean_and_the_other_averages_the_codes(at, sae):
     rows = at.few[2]
-    torch.testing.assert_close(dictionary.reconstruct(at, 2, sae).codes, sae.encode(rows.mean(0)))
-    found = dictionary.vector_on_reconstruction(at, 2, sae)
+    torch.testing.assert_close(decompositions.reconstruct(at, 2, sae).codes, sae.encode(rows.mean(0)))
+    found = decompositions.vector_on_reconstruction(at, 2, sae)
     torch.testing.assert_close(found.codes, sae.encode(rows).mean(0))
     torch.testing.assert_close(found.vector, sae.decode(sae.encode(rows)).mean(0))
-    assert found.l0 > dictionary.reconstruct(at, 2, sae).l0
+    assert found.l0 > decompositions.reconstruct(at, 2, sae).l0
 
 
 # --- pursuits --------------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def test_a_pursuit_takes_no_negative_atom(method):
 
 def test_orthogonal_pursuit_has_the_best_non_negative_weights_on_its_support(at, sae):
     for k in (2, 5, 15):
-        found = dictionary.nonnegative_omp(at, 2, sae, k)
+        found = decompositions.nonnegative_omp(at, 2, sae, k)
         support = found.codes.nonzero().flatten()
         target = (found.target - sae.b_dec).double().numpy()
         best, residual = scipy.optimize.nnls(sae.W_dec[support].T.double().numpy(), target)
@@ -144,13 +144,15 @@ def test_a_latent_without_an_atom_is_never_chosen(method):
 def test_top_k_projection_takes_the_largest_projections_on_unit_atoms_and_fits_them_jointly():
     atoms = torch.tensor([[10.0, 0.0, 0.0], [0.3, 0.4, 0.0], [0.0, 0.0, 7.0], [0.0, -1.0, 0.0]])
     bias = torch.tensor([1.0, 1.0, 1.0])
-    found = dictionary.top_k_projection(only(torch.tensor([4.0, 5.0, 1.5])), 0, build(atoms, bias), 2)
+    found = decompositions.top_k_projection(only(torch.tensor([4.0, 5.0, 1.5])), 0, build(atoms, bias), 2)
     # Projections of (3, 4, .5) on the unit atoms: 3, 5, .5, -4. The two best span the first two axes.
     torch.testing.assert_close(found.codes, torch.tensor([0.0, 10.0, 0.0, 0.0]), atol=1e-5, rtol=0)
     torch.testing.assert_close(found.error, torch.tensor([0.0, 0.0, 0.5]), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("method", [dictionary.top_k_projection, dictionary.random_support], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "method", [decompositions.top_k_projection, decompositions.random_support], ids=lambda f: f.__name__
+)
 def test_the_error_of_a_control_is_orthogonal_to_the_atoms_that_it_may_use(at, sae, method):
     found = method(at, 2, sae, 7)
     support = found.codes.nonzero().flatten()
@@ -158,7 +160,9 @@ def test_the_error_of_a_control_is_orthogonal_to_the_atoms_that_it_may_use(at, s
     assert (sae.decoder_directions[support] @ found.error).abs().max() < 1e-4 * found.target.norm()
 
 
-@pytest.mark.parametrize("method", [dictionary.top_k_projection, dictionary.random_support], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "method", [decompositions.top_k_projection, decompositions.random_support], ids=lambda f: f.__name__
+)
 def test_a_method_gives_the_same_bits_wherever_its_buffers_lie(method):
     generator, kept, seen = torch.Generator().manual_seed(0), [], set()
     atoms, target = torch.randn(100, 640, generator=generator), 1000 * torch.randn(640, generator=generator)
@@ -171,7 +175,7 @@ def test_a_method_gives_the_same_bits_wherever_its_buffers_lie(method):
 
 def test_a_random_support_depends_on_its_seed_only(at, sae):
     state = torch.get_rng_state()
-    first, again, other = (dictionary.random_support(at, 2, sae, 5, seed) for seed in (0, 0, 1))
+    first, again, other = (decompositions.random_support(at, 2, sae, 5, seed) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), state)
     torch.testing.assert_close(first.codes, again.codes)
     assert set(first.codes.nonzero().flatten().tolist()) != set(other.codes.nonzero().flatten().tolist())
@@ -182,18 +186,19 @@ def test_latents_matched_in_density_are_among_the_nearest_and_neither_chosen_nor
     like = [3, 17, 29, 41, 58]
     log = (density.double() + 1e-4).log()
     for seed in range(20):
-        drawn = dictionary.density_matched(density, like, random.Random(seed), nearest=4)
-        assert drawn == dictionary.density_matched(density, like, random.Random(seed), nearest=4)
+        drawn = decompositions.density_matched(density, like, random.Random(seed), nearest=4)
+        assert drawn == decompositions.density_matched(density, like, random.Random(seed), nearest=4)
         assert len({*drawn, *like}) == 10
         for i, (latent, found) in enumerate(zip(like, drawn, strict=True)):
             free = [other for other in range(60) if other not in (*like, *drawn[:i])]
             assert found in sorted(free, key=lambda other: abs(log[other] - log[latent]))[:4]
-    assert len({dictionary.density_matched(density, like[:1], random.Random(seed), 4)[0] for seed in range(40)}) == 4
+    drawn = (decompositions.density_matched(density, like[:1], random.Random(seed), 4) for seed in range(40))
+    assert len({latents[0] for latents in drawn}) == 4
 
 
 def test_the_chosen_atoms_beat_random_ones(at, sae):
-    chance = [dictionary.random_support(at, 2, sae, 5, seed).error.norm() for seed in range(5)]
-    for method in (dictionary.top_k_projection, dictionary.nonnegative_omp):
+    chance = [decompositions.random_support(at, 2, sae, 5, seed).error.norm() for seed in range(5)]
+    for method in (decompositions.top_k_projection, decompositions.nonnegative_omp):
         assert method(at, 2, sae, 5).error.norm() < min(chance)
 
 
@@ -204,17 +209,17 @@ def test_contrast_codes_are_signed_differences_decoded_without_bias():
     sae = build(torch.eye(3), b_dec=torch.tensor([10.0, 10.0, 10.0]), threshold=0.5)
     few = torch.tensor([[12.0, 10.0, 11.0], [14.0, 10.0, 11.0]])
     zero = torch.tensor([[10.4, 13.0, 11.0]])
-    found = dictionary.contrast_codes(Streams({0: few}, {0: zero}), 0, sae)
+    found = decompositions.contrast_codes(Streams({0: few}, {0: zero}), 0, sae)
     assert torch.equal(found.codes, torch.tensor([3.0, -3.0, 0.0]))
     assert torch.equal(found.vector, torch.tensor([3.0, -3.0, 0.0])) and found.l0 == 2
     torch.testing.assert_close(found.error, torch.tensor([-0.4, 0.0, 0.0]), atol=1e-5, rtol=0)
 
 
 def test_contrast_codes_keep_as_many_latents_as_asked(at, sae):
-    whole = dictionary.contrast_codes(at, 2, sae)
+    whole = decompositions.contrast_codes(at, 2, sae)
     assert (whole.codes < 0).any() and (whole.codes > 0).any()
     for k in (1, 5, whole.l0):
-        part = dictionary.contrast_codes(at, 2, sae, k)
+        part = decompositions.contrast_codes(at, 2, sae, k)
         support = part.codes != 0
         assert part.l0 == k and torch.allclose(part.codes[support], whole.codes[support])
     torch.testing.assert_close(part.codes, whole.codes)
@@ -223,6 +228,6 @@ def test_contrast_codes_keep_as_many_latents_as_asked(at, sae):
 def test_the_largest_codes_are_those_that_move_the_vector_most():
     sae = build(torch.diag(torch.tensor([100.0, 1.0, 1.0, 10.0])))
     codes = torch.tensor([[0.1, -5.0, 2.0, 0.3], [0.0, 0.0, 1.0, 0.0]])
-    kept = dictionary.keep_largest(codes, 2, sae)
+    kept = decompositions.keep_largest(codes, 2, sae)
     assert torch.equal(kept, torch.tensor([[0.1, -5.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]]))
-    assert torch.equal(dictionary.keep_largest(codes, 99, sae), codes)
+    assert torch.equal(decompositions.keep_largest(codes, 99, sae), codes)

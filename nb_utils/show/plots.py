@@ -1,7 +1,7 @@
 """Figures and tables: one colour per method and one line style per mode, everywhere in the book.
 
-Every function that draws takes a tidy frame (of `tables.load` or `metrics.averages`) and ``ax=None``, and returns the
-Axes. None shows or saves anything.
+Every function that draws takes a tidy frame (of `tables.load` or `statistics.averages`) and ``ax=None``, and returns
+the Axes. None shows or saves anything.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from pandas.io.formats.style import Styler
 
-from nb_utils import metrics, tasks
+from nb_utils import statistics, tasks
 
 # Okabe and Ito's palette for the methods that carry the story, Paul Tol's muted one for their siblings, greys
 # for references and controls. Two methods whose colours are near for anyone's eyes have different markers.
@@ -138,7 +138,7 @@ def loss_by_layer(
 ) -> Axes:
     """Draw one line per method, mode (and k) over the layers, intervals as bands; layer -1 as level lines.
 
-    ``frame``: columns method, mode, layer, mean, and where known k, low, high (of `metrics.averages`).
+    ``frame``: columns method, mode, layer, mean, and where known k, low, high (of `statistics.averages`).
     """
     ax = ax or plt.subplots()[1]
     frame = frame.assign(k=frame["k"] if "k" in frame else pd.NA)
@@ -161,7 +161,7 @@ def loss_by_layer(
 def loss_vs_l0(frame: pd.DataFrame, value: str = "loss", ax: Axes | None = None, labels: bool = True) -> Axes:
     """Draw loss against the number of latents (log axis): one path per method; dense methods as level lines.
 
-    ``frame``: columns method, mode, l0 (NaN: dense), mean, and where known low, high (of `metrics.averages`).
+    ``frame``: columns method, mode, l0 (NaN: dense), mean, and where known low, high (of `statistics.averages`).
     """
     ax = ax or plt.subplots()[1]
     dense = frame["l0"].isna()
@@ -189,7 +189,7 @@ def loss_vs_l0(frame: pd.DataFrame, value: str = "loss", ax: Axes | None = None,
 def lambda_path(frame: pd.DataFrame, value: str = "loss", ax: Axes | None = None) -> Axes:
     """Draw loss ("loss", "rel_loss") or "l0" against the penalty of cleaning (log axis, 0 at its left end).
 
-    ``frame``: columns method, penalty, mean, l0, and where known low, high (of `metrics.averages`). Methods
+    ``frame``: columns method, penalty, mean, l0, and where known low, high (of `statistics.averages`). Methods
     without a penalty are level lines.
     """
     ax = ax or plt.subplots()[1]
@@ -573,7 +573,7 @@ def _marker(method: str) -> dict:
 def _lines(frame: pd.DataFrame):
     """Split into lines, without the points that average clearly fewer tasks: they would bend a line for no reason."""
     for key, line in frame.groupby(["method", "mode", "k"], sort=False, dropna=False):
-        yield key, metrics.complete(line) if "tasks" in line else line
+        yield key, statistics.complete(line) if "tasks" in line else line
 
 
 def _levels(ax: Axes, frame: pd.DataFrame) -> list[tuple]:

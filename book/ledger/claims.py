@@ -1,8 +1,8 @@
-"""Claims: the number that decides each claim of book/claims.yml, from the committed tables.
+"""Claims: what the numbers that decide them rest on, the tables and the choices that all of them share.
 
-A function decorated with `number` computes one; its name is the id of the claim, or what a sentence in that file
-names. `nb_utils.ledger` compares it with what is claimed. What the numbers rest on and could have been chosen otherwise
-is data, `Choices`.
+A function decorated with `number` computes one, in `post` or `real`; its name is the id of a claim, or what a sentence
+names. `ledger` compares it with what is claimed. What the numbers rest on and could have been chosen otherwise is data,
+`Choices`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from nb_utils import metrics, tables, tasks
-from nb_utils.metrics import Comparison, best_layer, choose, compare, over_tasks, rows
+from nb_utils import statistics, tasks
+from nb_utils.record import tables
+from nb_utils.statistics import Comparison, best_layer, choose, over_tasks, rows
 
 NUMBERS: dict[str, Callable[[Book], Comparison | float]] = {}
 # Families of tasks, by the category that their files name; a task of any other is one of "others".
@@ -131,7 +132,7 @@ class Book:
     @cached_property
     def done(self) -> pd.Series:
         """Say of every task whether the model does it few-shot."""
-        return metrics.solved(self.read("01_reconstruction_loss"))
+        return statistics.solved(self.read("01_reconstruction_loss"))
 
     @cached_property
     def family(self) -> dict[str, str]:
@@ -354,7 +355,7 @@ class Book:
     def single(self, kind: str = "executor") -> pd.Series:
         """Return the relative loss of every task with its best feature, chosen with its scale on validation prompts."""
         steered, sweep = (self.table(f"05_cross_task_steering{part}") for part in ("", "_sweep"))
-        return metrics.best_single(steered, sweep, kind)["rel_loss"]
+        return statistics.best_single(steered, sweep, kind)["rel_loss"]
 
     def chance(self, kind: str = "executor") -> pd.Series:
         """Return the relative loss of every task with the random direction that is best on test, which favours it."""
@@ -411,7 +412,7 @@ class Book:
             return found
         if self.choices.over == "median":
             return over_tasks(found.by_task, average=np.median)
-        if (of_families := metrics.over_families(found.by_task, self.family)) is None:
+        if (of_families := statistics.over_families(found.by_task, self.family)) is None:
             raise ClaimError("Its tasks are of too few families.")
         return of_families
 
@@ -447,12 +448,12 @@ class Book:
 
     def support(self, method: str, weights: str = "tuned") -> pd.DataFrame:
         """Return the vectors on supports of `k` features, after tuning ("tuned") or before ("fitted")."""
-        return self._sized(self.supports, "07", method=method, weights=weights)
+        return self.sized(self.supports, "07", method=method, weights=weights)
 
     def longer(self, method: str) -> pd.DataFrame:
         """Return the vectors on supports that were tuned with the largest budget, of the first seed."""
         found = self.table("07_illusion_budgets")
-        return self._sized(rows(found, budget=found["budget"].max()), "07", method=method)
+        return self.sized(rows(found, budget=found["budget"].max()), "07", method=method)
 
     @property
     def largest_budget(self) -> int:
@@ -460,9 +461,9 @@ class Book:
 
     def recovered(self, method: str, weights: str = "tuned") -> pd.Series:
         """Return the share of every task's gain from zero-shot to few-shot that such vectors recover."""
-        return metrics.recovered(self.support(method, weights), rows(self.supports, mode="none"))
+        return statistics.recovered(self.support(method, weights), rows(self.supports, mode="none"))
 
-    def _sized(self, frame: pd.DataFrame, experiment: str, **equal: object) -> pd.DataFrame:
+    def sized(self, frame: pd.DataFrame, experiment: str, **equal: object) -> pd.DataFrame:
         """Return the rows of `k` features of an experiment that has but some sizes."""
         found = rows(frame, k=self.k, **equal)
         if found.empty:
@@ -477,7 +478,7 @@ class Book:
 
     @cached_property
     def side_pruned(self) -> pd.DataFrame:
-        return self._sized(self.side, "08", method="prune_contrast")
+        return self.sized(self.side, "08", method="prune_contrast")
 
     # Experiment 09
 
@@ -490,430 +491,10 @@ class Book:
 def _gain(frame: pd.DataFrame) -> pd.DataFrame:
     """Spread the normalised gains of features (not of random directions) over a grid: features x tasks."""
     found = frame[frame["latent"] >= 0]
-    found = found.assign(gain=metrics.steering_gain(found)).fillna({"gain": 0})
+    found = found.assign(gain=statistics.steering_gain(found)).fillna({"gain": 0})
     return found.pivot(index="latent", columns="task", values="gain")
 
 
-def _relative(frame: pd.DataFrame) -> pd.Series:
+def relative(frame: pd.DataFrame) -> pd.Series:
     """Return the mean relative loss of every task."""
     return frame.groupby("task")["rel_loss"].mean()
-
-
-# 01 Reconstruction
-
-
-@number
-def reconstruction_costs(book: Book) -> Comparison:
-    return compare(book.vector, book.at(book["vector"], "reconstruct", mode=book.choices.mode))
-
-
-@number
-def pursuit_costs(book: Book) -> Comparison:
-    return compare(book.vector, book.at(book["vector"], "gradient_pursuit", mode=book.choices.mode, k=40))
-
-
-# 02 Cleanup
-
-
-@number
-def cleaning_surpasses(book: Book) -> Comparison:
-    return compare(book.cleaned, book.vector)
-
-
-@number
-def cleaning_surpasses_sparsely(book: Book) -> Comparison:
-    return compare(book.cleaned_to_15, book.vector)
-
-
-@number
-def cleaning_beats_replaced(book: Book) -> Comparison:
-    return compare(book.cleaned, book.replaced)
-
-
-@number
-def cleaning_works_earlier(book: Book) -> Comparison:
-    return compare(book.at(book.early, "clean"), book.at(book.early, "task_vector", mode=book.choices.mode))
-
-
-@number
-def cleaning_works_early(book: Book) -> Comparison:
-    return compare(book.at(book.early, "clean"), book.plain("zero_shot"))
-
-
-@number
-def random_start_fails(book: Book) -> Comparison:
-    random = rows(book.test, method="clean_random_start", layer=book["cleaned"])
-    same = rows(book.test, method="clean", layer=book["cleaned"], penalty=random["penalty"].min())
-    return compare(same, random)
-
-
-@number
-def vector_wins_late(book: Book) -> Comparison:
-    if book.late < 14:
-        raise ClaimError(f"No vector is cleaned after block {book.late} yet.")
-    return compare(book.at(book.late, "task_vector", mode=book.choices.mode), book.at(book.late, "clean"))
-
-
-@number
-def cleaning_carries_to_sentences(book: Book) -> Comparison:
-    return compare(book.sentences("clean"), book.sentences("task_vector"))
-
-
-@number
-def cleaning_carries_better_than_centring(book: Book) -> Comparison:
-    return compare(book.sentences("clean"), book.sentences("centred"))
-
-
-@number
-def pruning_beats_centred(book: Book) -> Comparison:
-    return compare(book.pruned, book.centred)
-
-
-@number
-def pruning_beats_replaced(book: Book) -> Comparison:
-    return compare(book.pruned, book.replaced)
-
-
-@number
-def five_features_beat_vector(book: Book) -> Comparison:
-    return compare(book.pruned_to_5, book.vector)
-
-
-@number
-def pruning_beats_cleaning(book: Book) -> Comparison:
-    """At equal data: experiment 06 gives both the same prompts."""
-    return compare(book.trained("24"), book.trained("24", method="clean"))
-
-
-@number
-def pruning_beats_cleaning_at_equal_size(book: Book) -> Comparison:
-    return compare(book.pruned_to_10, book.cleaned_to_10)
-
-
-@number
-def pruning_beats_cleaning_alike(book: Book) -> Comparison:
-    """At equal data and size: both at the blocks where pruning was also given what cleaning has."""
-    return compare(book.best("prune_contrast_few", k=10), book.cleaned_to_10)
-
-
-@number
-def pruning_beats_cleaning_at_its_best(book: Book) -> Comparison:
-    """Cleaning with what pruning has: all training pairs, and a start from many latents."""
-    return compare(book.pruned_to_10, book.best("clean_mean_codes_all", most=10))
-
-
-@number
-def pruning_reaches_learned(book: Book) -> Comparison:
-    return compare(book.pruned, book.learned)
-
-
-@number
-def learned_beats_few_shot(book: Book) -> Comparison:
-    return compare(book.learned, book.plain("few_shot"))
-
-
-@number
-def cleaning_beats_centred(book: Book) -> Comparison:
-    return compare(book.cleaned, book.centred)
-
-
-@number
-def centring_helps(book: Book) -> Comparison:
-    return compare(book.centred, book.vector)
-
-
-@number
-def pruning_works_early(book: Book) -> Comparison:
-    return compare(book.at(book.early, "prune_contrast", k=book.k), book.plain("zero_shot"))
-
-
-@number
-def earliest_block(book: Book) -> float:
-    return book.early
-
-
-@number
-def cleaned_features(book: Book) -> float:
-    """The most features that cleaning leaves, of the means over tasks for every block and penalty."""
-    return float(metrics.averages(rows(book.test, method="clean"), ["layer", "penalty"])["l0"].max())
-
-
-@number
-def vector_closes(book: Book) -> float:
-    """The share of the gap from zero-shot to few-shot loss that the added vector closes, at most at any block."""
-    return max(book.closed(book.at(layer, "task_vector")) for layer in book.layers)
-
-
-@number
-def reconstruction_closes(book: Book) -> float:
-    return max(book.closed(book.at(layer, "reconstruct")) for layer in book.layers)
-
-
-@number
-def cleaning_closes_late(book: Book) -> float:
-    """The share of the gap that cleaning closes, at least, from block 10 on."""
-    return min(book.closed(book.at(layer, "clean")) for layer in book.layers if layer >= 10)
-
-
-@number
-def pruning_closes(book: Book) -> float:
-    """The share of the gap that pruning closes, at least, at any block."""
-    return min(book.closed(book.at(layer, "prune_contrast", k=book.k)) for layer in book.layers)
-
-
-@number
-def number_of_saes(book: Book) -> float:
-    return len(book.read("saes"))
-
-
-@number
-def tokens_of_evidence(book: Book) -> float:
-    """The tokens of text that the evidence for features was read from, at least at any block."""
-    return float(tables.load("features", book.model, book.folder, ["n_tokens"])["n_tokens"].min())
-
-
-@number
-def pairs_of_example(book: Book) -> float:
-    """The pairs of the workbench's stored example."""
-    return len(book.read("explore_cleaning")["pairs"].iloc[0])
-
-
-@number
-def few_pairs_clean(book: Book) -> float:
-    """The loss of that example's pruned vector, as validation chooses it, less the zero-shot loss."""
-    found = book.read("explore_cleaning")
-    pruned = rows(found, method="prune_contrast")
-    zero = rows(found, method="zero_shot")["loss"].iloc[0]
-    return float(pruned.loc[pruned["validation_loss"].idxmin(), "loss"] - zero)
-
-
-@number
-def width_of_saes(book: Book) -> float:
-    """The width that all SAEs have; NaN if they differ."""
-    widths = set(book.read("saes")["d_sae"])
-    return widths.pop() if len(widths) == 1 else float("nan")
-
-
-# 03 Early-layer transfer
-
-
-@number
-def early_vector_wakes_late_features(book: Book) -> Comparison:
-    return over_tasks(book.woken("overlap", "clean"))
-
-
-@number
-def task_features_gain_weight(book: Book) -> Comparison:
-    own = book.woken("task_share", "own", book.transfer_late)
-    return over_tasks(book.woken("task_share", "clean") - own)
-
-
-@number
-def early_cleaning_wakes_more(book: Book) -> Comparison:
-    return over_tasks(book.woken("overlap_gain", "clean") - book.woken("overlap_gain", "task_vector"))
-
-
-@number
-def early_vector_shares_more_than_none(book: Book) -> Comparison:
-    return over_tasks(book.woken("overlap", "clean") - book.woken("overlap", "zero_shot"))
-
-
-@number
-def centred_wakes_more(book: Book) -> Comparison:
-    return over_tasks(book.woken("overlap_gain", "centred") - book.woken("overlap_gain", "clean"))
-
-
-# 04 Detectors
-
-
-@number
-def detectors_need_cleaning(book: Book) -> Comparison:
-    return compare(book.detector("clean", book.detector_layer), book.raw_detectors)
-
-
-@number
-def raw_detectors_fail(book: Book) -> Comparison:
-    return compare(book.raw_detectors, book.detector("dummy_shot", mode="none"))
-
-
-@number
-def cleaned_detectors_beat_centred(book: Book) -> Comparison:
-    return compare(book.detector("clean", book.detector_layer), book.centred_detectors)
-
-
-@number
-def cleaned_detectors_beat_centred_early(book: Book) -> Comparison:
-    first = book.first_executors
-    return compare(book.detector("clean", first), book.detector("centred_best_scale", first))
-
-
-@number
-def detectors_act_earlier(book: Book) -> Comparison:
-    """Relative change by the cleaned detector less that by the cleaned executor, at the first block that both have."""
-    first = book.first_executors
-    return over_tasks(_relative(book.detector("clean", first)) - _relative(book.executor("clean", first)))
-
-
-@number
-def detectors_beat_pruned_executors_early(book: Book) -> Comparison:
-    first = book.first_executors
-    return over_tasks(_relative(book.detector("clean", first)) - _relative(book.executor("prune_contrast", first, 10)))
-
-
-@number
-def pruned_detectors_beat_pruned_executors_early(book: Book) -> Comparison:
-    first = book.first_executors
-    detector, executor = book.detector("prune_contrast", first, k=10), book.executor("prune_contrast", first, 10)
-    return over_tasks(_relative(detector) - _relative(executor))
-
-
-@number
-def detectors_beat_pruned_executors(book: Book) -> Comparison:
-    at = book.detector_layer
-    return over_tasks(_relative(book.detector("clean", at)) - _relative(book.executor("prune_contrast", at, book.k)))
-
-
-@number
-def detectors_fire_on_words(book: Book) -> Comparison:
-    return over_tasks(book.mass("detector", "output") + book.mass("detector", "input"))
-
-
-@number
-def executors_fire_on_arrows(book: Book) -> Comparison:
-    return over_tasks(book.mass("executor", "arrow"))
-
-
-@number
-def detectors_fire_on_outputs(book: Book) -> Comparison:
-    return over_tasks(book.mass("detector", "output"))
-
-
-# 05 Cross-task steering
-
-
-@number
-def one_feature_does_part(book: Book) -> Comparison:
-    return over_tasks(book.single())
-
-
-@number
-def one_feature_beats_chance(book: Book) -> Comparison:
-    return over_tasks(book.single() - book.chance())
-
-
-@number
-def one_detector_beats_chance(book: Book) -> Comparison:
-    return over_tasks(book.single("detector") - book.chance("detector"))
-
-
-@number
-def one_feature_beats_latents(book: Book) -> Comparison:
-    return over_tasks(book.luckiest("feature") - book.luckiest(book.hardest()))
-
-
-@number
-def one_detector_beats_latents(book: Book) -> Comparison:
-    hardest = book.luckiest(book.hardest("detector"), "detector")
-    return over_tasks(book.luckiest("feature", "detector") - hardest)
-
-
-@number
-def chance_does_little(book: Book) -> Comparison:
-    return over_tasks(book.chance())
-
-
-@number
-def one_feature_per_task(book: Book) -> Comparison:
-    return over_tasks((book.gain >= 0.5).sum())
-
-
-@number
-def english_shares_a_feature(book: Book) -> Comparison:
-    chosen = book.validated_gain.filter(regex="^en_").min(axis=1).idxmax()
-    return over_tasks(book.gain.filter(regex="^en_").loc[chosen])
-
-
-# 06 Training prompts
-
-
-@number
-def more_prompts_help(book: Book) -> Comparison:
-    return compare(book.trained("all"), book.trained("24"))
-
-
-@number
-def early_choice_helps(book: Book) -> Comparison:
-    return compare(book.trained("24"), book.trained("24", choice="train"))
-
-
-@number
-def early_choice_still_helps(book: Book) -> Comparison:
-    return compare(book.trained("all"), book.trained("all", choice="train"))
-
-
-# 07 Illusion test
-
-
-@number
-def rule_beats_random(book: Book) -> Comparison:
-    return compare(book.support("rule"), book.support("random_matched"))
-
-
-@number
-def rule_beats_random_on_arrows(book: Book) -> Comparison:
-    return compare(book.support("rule"), book.support("random_active"))
-
-
-@number
-def rule_beats_random_longer(book: Book) -> Comparison:
-    return compare(book.longer("rule"), book.longer("random_matched"))
-
-
-@number
-def cleaning_beats_rule(book: Book) -> Comparison:
-    return compare(book.support("prune_contrast"), book.support("rule"))
-
-
-@number
-def tuning_flatters_chance(book: Book) -> Comparison:
-    return over_tasks(book.recovered("random_matched") - book.recovered("random_matched", "fitted"))
-
-
-@number
-def supports_agree(book: Book) -> Comparison:
-    found = book.last("07_illusion_features")
-    found = book._sized(found[found["method"].isin(["rule", "prune_contrast"])], "07")
-    shared = {task: metrics.overlap(one).loc["rule", "prune_contrast"] for task, one in found.groupby("task")}
-    return over_tasks(pd.Series(shared))
-
-
-# 08 Side effects
-
-
-@number
-def wrong_vectors_do_less(book: Book) -> Comparison:
-    first = rows(book.side_pruned, seed=0)  # others are tried on their own task only
-    grid = metrics.crossed(pd.concat([first, rows(book.side, method="zero_shot")]))
-    square = grid[grid.index]
-    own = pd.Series({task: square.loc[task, task] for task in square})
-    return over_tasks(own - (square.sum() - own) / (len(square) - 1))
-
-
-@number
-def relation_matters(book: Book) -> Comparison:
-    true, shuffled = (rows(book.side, method=m, on="test") for m in ("centred_best_scale", "shuffled_labels"))
-    return over_tasks(_relative(true) - _relative(shuffled))
-
-
-@number
-def pruning_is_gentler_in_text(book: Book) -> Comparison:
-    pruned, cleaned = (rows(part, on="separator") for part in (book.side_pruned, rows(book.side, method="clean")))
-    return over_tasks(pruned.groupby("task")["d_ntp"].mean() - cleaned.groupby("task")["d_ntp"].mean())
-
-
-# 09 Templates
-
-
-@number
-def pruned_leaves_its_template(book: Book) -> Comparison:
-    return over_tasks(book.templates("prune_contrast", home=False) / book.templates("prune_contrast", home=True))

@@ -1,6 +1,6 @@
 """Runs: one notebook executed on one set of parameters, kept only when it finished.
 
-    python -m nb_utils.runs book/experiments/02_cleanup.ipynb -p task antonyms -p layers 8,10 -o run.ipynb
+    python -m workflow.runs book/experiments/02_cleanup.ipynb -p task antonyms -p layers 8,10 -o run.ipynb
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillException, PapermillExecutionError
 from traitlets import default
 
-from nb_utils import files, tables, tasks
+from nb_utils import files, tasks
+from nb_utils.record import tables
 from nb_utils.text import print_anything, verbatim, visible
 
 # Errors of the book's own modules: their message says it all, so the type is not shown.
@@ -38,7 +39,7 @@ class RunError(ValueError):
 class KernelManager(AsyncKernelManager):
     """Start a kernel that listens at files of its own: a port that was free could be another's once it is bound.
 
-    Where ``NB_KERNELS`` names the warm parent of `nb_utils.kernels`, the kernel is a copy of that.
+    Where ``NB_KERNELS`` names the warm parent of `workflow.kernels`, the kernel is a copy of that.
     """
 
     @default("transport")
@@ -52,7 +53,7 @@ class KernelManager(AsyncKernelManager):
     def format_kernel_cmd(self, extra_arguments=None):
         command = super().format_kernel_cmd(extra_arguments)
         if socket := os.environ.get("NB_KERNELS"):
-            return [*command[:2], "nb_utils.kernels", socket, "--attach", *command[3:]]
+            return [*command[:2], "workflow.kernels", socket, "--attach", *command[3:]]
         return command
 
 
@@ -205,7 +206,7 @@ def _typed(name: str, text: str, default: object) -> object:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; every error is one line on stderr and exit code 1."""
-    parser = argparse.ArgumentParser(prog="python -m nb_utils.runs", description="Execute one notebook.")
+    parser = argparse.ArgumentParser(prog="python -m workflow.runs", description="Execute one notebook.")
     parser.add_argument("notebook")
     parser.add_argument(
         "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),

@@ -20,10 +20,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nb_utils import files, sources, tasks
+from nb_utils import files, tasks
+from nb_utils.record import sources
 from nb_utils.text import slug, visible
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = "results/tables"
 MODEL = "gemma-3-270m"
 NAMED = (MODEL, "smollm2-135m-instruct", "tiny", "random")  # models and SAEs that are taken before a folder so called
@@ -136,7 +137,7 @@ def save(
 ) -> Path:  # fmt: skip
     """Write one table whole or not at all, and return its path.
 
-    The provenance gains ``code``, the hash of what makes tables of this stem (see `nb_utils.sources`). A full disk or a
+    The provenance gains ``code``, the hash of what makes tables of this stem (see `sources`). A full disk or a
     kill leaves an older table intact. The file carries its own hash, which `load` checks. Columns of `DTYPES` get these
     types; ``losses`` becomes a list of float32 a row, those of `RECORDS` lists of records.
     ``folder``: a relative one is below the project root (None: that of NB_TABLES, or results/tables). The parameter

@@ -14,7 +14,9 @@ from itertools import groupby
 
 import pandas as pd
 
-from nb_utils import metrics, plots, tables
+from nb_utils import statistics
+from nb_utils.record import tables
+from nb_utils.show import plots
 from nb_utils.text import visible
 
 SOURCES = {"executor": "02_cleanup_features", "detector": "04_detectors_features"}
@@ -57,7 +59,7 @@ class Feature:
 
 
 def surviving(model: str = tables.MODEL, folder: str | None = None) -> pd.DataFrame:
-    """List the features that have a page: those that `metrics.survivors` finds, and all that were steered with.
+    """List the features that have a page: those that `statistics.survivors` finds, and all that were steered with.
 
     Columns layer, latent, kind, task, weight (NaN where steering alone names it); a row per task that keeps it. A
     feature that no task keeps has one row with an empty task. Empty where nothing was measured.
@@ -66,7 +68,7 @@ def surviving(model: str = tables.MODEL, folder: str | None = None) -> pd.DataFr
     found = [pd.DataFrame(columns=columns)]
     for kind, stem in SOURCES.items():
         if (latents := _measured(stem, model, folder)) is not None:
-            found.append(metrics.survivors(latents).assign(kind=kind)[columns])
+            found.append(statistics.survivors(latents).assign(kind=kind)[columns])
     if (steered := _steered(model, folder)) is not None:
         own = steered[steered["in_clean"].astype(bool)].assign(weight=float("nan"))
         other = steered.assign(task="", weight=float("nan"))
@@ -278,7 +280,7 @@ def _steered(model: str, folder: str | None) -> pd.DataFrame | None:
     found = _measured(STEERING, model, folder)
     if found is None:
         return None
-    best = metrics.rows(found, which="best")
+    best = statistics.rows(found, which="best")
     random = best[best["latent"] < 0].groupby(["kind", "task"])["rel_loss"].min().rename("random")
     return best[best["latent"] >= 0].join(random, on=["kind", "task"])
 

@@ -1,0 +1,94 @@
+"""The numbers that decide whether what is found is real: experiments 06 to 09."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from book.ledger.claims import Book, number, relative
+from nb_utils import statistics
+from nb_utils.statistics import Comparison, compare, over_tasks, rows
+
+# 06 Training prompts
+
+
+@number
+def more_prompts_help(book: Book) -> Comparison:
+    return compare(book.trained("all"), book.trained("24"))
+
+
+@number
+def early_choice_helps(book: Book) -> Comparison:
+    return compare(book.trained("24"), book.trained("24", choice="train"))
+
+
+@number
+def early_choice_still_helps(book: Book) -> Comparison:
+    return compare(book.trained("all"), book.trained("all", choice="train"))
+
+
+# 07 Illusion test
+
+
+@number
+def rule_beats_random(book: Book) -> Comparison:
+    return compare(book.support("rule"), book.support("random_matched"))
+
+
+@number
+def rule_beats_random_on_arrows(book: Book) -> Comparison:
+    return compare(book.support("rule"), book.support("random_active"))
+
+
+@number
+def rule_beats_random_longer(book: Book) -> Comparison:
+    return compare(book.longer("rule"), book.longer("random_matched"))
+
+
+@number
+def cleaning_beats_rule(book: Book) -> Comparison:
+    return compare(book.support("prune_contrast"), book.support("rule"))
+
+
+@number
+def tuning_flatters_chance(book: Book) -> Comparison:
+    return over_tasks(book.recovered("random_matched") - book.recovered("random_matched", "fitted"))
+
+
+@number
+def supports_agree(book: Book) -> Comparison:
+    found = book.last("07_illusion_features")
+    found = book.sized(found[found["method"].isin(["rule", "prune_contrast"])], "07")
+    shared = {task: statistics.overlap(one).loc["rule", "prune_contrast"] for task, one in found.groupby("task")}
+    return over_tasks(pd.Series(shared))
+
+
+# 08 Side effects
+
+
+@number
+def wrong_vectors_do_less(book: Book) -> Comparison:
+    first = rows(book.side_pruned, seed=0)  # others are tried on their own task only
+    grid = statistics.crossed(pd.concat([first, rows(book.side, method="zero_shot")]))
+    square = grid[grid.index]
+    own = pd.Series({task: square.loc[task, task] for task in square})
+    return over_tasks(own - (square.sum() - own) / (len(square) - 1))
+
+
+@number
+def relation_matters(book: Book) -> Comparison:
+    true, shuffled = (rows(book.side, method=m, on="test") for m in ("centred_best_scale", "shuffled_labels"))
+    return over_tasks(relative(true) - relative(shuffled))
+
+
+@number
+def pruning_is_gentler_in_text(book: Book) -> Comparison:
+    pruned, cleaned = (rows(part, on="separator") for part in (book.side_pruned, rows(book.side, method="clean")))
+    return over_tasks(pruned.groupby("task")["d_ntp"].mean() - cleaned.groupby("task")["d_ntp"].mean())
+
+
+# 09 Templates
+
+
+@number
+def pruned_leaves_its_template(book: Book) -> Comparison:
+    return over_tasks(book.templates("prune_contrast", home=False) / book.templates("prune_contrast", home=True))

@@ -1,0 +1,1 @@
+"""What a result is stored as: a table that knows what it comes from."""
