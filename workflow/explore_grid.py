@@ -13,7 +13,7 @@ import torch
 from nb_utils import engine, models, prompts, saes, tasks, workbench
 from nb_utils.record import tables
 from nb_utils.show import microscope
-from nb_utils.show.widgets import KEPT, N_EXAMPLES, N_TEST, N_TOKENS, PENALTY, WHOLE, pruned_vector, survivors
+from nb_utils.show.widgets import KEPT, N_EXAMPLES, N_TEST, N_TOKENS, WHOLE, offered, pruned_vector
 
 TASKS = ("antonyms", "en_es", "present_simple_past_simple")
 SCALES = (-0.5, -0.25, -0.1, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0)
@@ -25,11 +25,9 @@ N_PAIRS, CLEANED_LAYER = 20, 10  # of the workbench's example
 
 
 def directions(task: str, layer: int, sae: saes.Sae) -> tuple[pd.DataFrame, torch.Tensor]:
-    """List the pruned vector, the largest survivors at a layer and random directions, with units [n, d_model]."""
-    found = survivors(task)
-    vector = pruned_vector(found, layer, sae)
-    found = found[found["layer"] == layer]
-    found = found.loc[found["weight"].abs().sort_values(ascending=False).index[:MOST]]
+    """List the pruned vector, the largest features at a layer and random directions, with units [n, d_model]."""
+    found, vector = offered(task), pruned_vector(task, layer, sae)
+    found = found[found["layer"] == layer].nlargest(MOST, "weight")
     whole = pd.DataFrame([{"layer": layer, "latent": WHOLE, "weight": float(vector.norm()), "method": "pruned"}])
     noise = torch.randn(N_RANDOM, len(vector), generator=torch.Generator().manual_seed(layer))
     random = pd.DataFrame({"layer": layer, "latent": range(WHOLE - 1, WHOLE - 1 - N_RANDOM, -1), "method": "random"})
@@ -154,7 +152,7 @@ def write(args: argparse.Namespace) -> None:
     lm = models.load(args.model)
     splits = {task: tasks.split(tasks.load(task)) for task in TASKS}
     dictionaries = {layer: saes.load(lm, "shipped", layer) for layer in LAYERS}
-    settings = dict(tasks=TASKS, scales=SCALES, n_test=N_TEST, kept=KEPT, penalty=PENALTY, n_shots=N_SHOTS, most=MOST)
+    settings = dict(tasks=TASKS, scales=SCALES, n_test=N_TEST, kept=KEPT, n_shots=N_SHOTS, most=MOST)
     origin = tables.provenance(settings, lm.sha256, {layer: sae.sha256 for layer, sae in dictionaries.items()})
 
     def save(frame, stem, name):

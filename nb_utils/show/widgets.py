@@ -23,7 +23,7 @@ from IPython.display import HTML, display
 
 from nb_utils import tasks
 from nb_utils.record import tables
-from nb_utils.statistics import rows
+from nb_utils.statistics import rows, survivors
 from nb_utils.text import verbatim
 
 FRONT = Path(__file__).with_name("front")
@@ -31,7 +31,7 @@ N_TEST = 16  # prompts that a mean loss is taken over
 N_EXAMPLES = 3  # of them can be looked at one by one
 N_TOKENS = 4  # of a continuation
 WHOLE = -1  # stands for the pruned vector, all its features together; smaller numbers for random directions
-KEPT, PENALTY = 10, 1.0  # points of the pruning and cleaning paths whose features are offered
+KEPT = 10  # features of the pruned vector
 ABSENT = (
     "<p>A control stands here. JavaScript draws it, and in a saved notebook it is gone with its kernel: "
     "choose Run &gt; Run All Cells to have it back.</p>"
@@ -98,7 +98,7 @@ class Backend:
 
         if latent != WHOLE:
             return microscope.direction(self.sae(layer), latent)
-        vector = pruned_vector(survivors(task, self.name), layer, self.sae(layer))
+        vector = pruned_vector(task, layer, self.sae(layer), self.name)
         return vector / vector.norm()
 
     def steering_vector(self, task: str, layer: int, latent: int, scale: float):
@@ -112,26 +112,29 @@ class Backend:
         return (float(scale) * norm * self.direction(task, layer, latent))[None]
 
 
-def survivors(task: str, model: str = tables.MODEL) -> pd.DataFrame:
-    """Return the features that pruning to ten, or cleaning, leaves: layer, latent, weight (raw units), method."""
-    frame = rows(tables.load("02_cleanup_features", model), task=task, seed=0)
-    frame = frame[frame["after"] != 0]
-    pruned, cleaned = rows(frame, method="prune_contrast", k=KEPT), rows(frame, method="clean", penalty=PENALTY)
-    both = pd.concat([pruned, cleaned])[["layer", "latent", "after", "method"]]
-    found = both.groupby(["layer", "latent"], as_index=False).agg(
-        weight=("after", "first"), method=("method", lambda names: " and ".join(names)))
-    names = {"prune_contrast and clean": "pruned and cleaned", "prune_contrast": "pruned", "clean": "cleaned"}
-    return found.assign(method=found["method"].map(names))
+def offered(task: str, model: str = tables.MODEL) -> pd.DataFrame:
+    """Return a task's features, as `statistics.survivors` finds them: layer, latent, weight (raw units), method."""
+    frame = rows(tables.load("02_cleanup_features", model), task=task)
+    found = survivors(frame, k=KEPT)[["layer", "latent", "weight"]]
+    pruned = pd.MultiIndex.from_frame(_pruned(frame)[["layer", "latent"]])
+    kept = pd.MultiIndex.from_frame(found[["layer", "latent"]]).isin(pruned)
+    return found.assign(method=["pruned" if one else "cleaned" for one in kept])
 
 
-def pruned_vector(found: pd.DataFrame, layer: int, sae):
-    """Add up the pruned features of `survivors` at a layer [d_model]; raises WidgetError if there are none."""
+def _pruned(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the features of the pruned vector of the first seed, of both signs."""
+    frame = rows(frame, method="prune_contrast", k=KEPT, seed=0)
+    return frame[frame["after"] != 0]
+
+
+def pruned_vector(task: str, layer: int, sae, model: str = tables.MODEL):
+    """Add up the pruned features of a task at a layer [d_model]; raises WidgetError if there are none."""
     import torch
 
-    found = found[(found["layer"] == layer) & found["method"].str.contains("pruned")]
+    found = _pruned(rows(tables.load("02_cleanup_features", model), task=task, layer=layer))
     if found.empty:
         raise WidgetError(f"No pruned features are stored for block {layer}: choose a single latent.")
-    return torch.tensor(found["weight"].to_numpy()) @ sae.W_dec[torch.tensor(found["latent"].to_numpy())]
+    return torch.tensor(found["after"].to_numpy()) @ sae.W_dec[torch.tensor(found["latent"].to_numpy())]
 
 
 class _Live(anywidget.AnyWidget):
@@ -344,13 +347,13 @@ def _packed(example: Mapping, seen: dict[str, int]) -> list:
 
 def _entry(name: str, model: str) -> dict:
     """Describe one task for the control: its title, its example prompts and, by layer, its features."""
-    task, found = tasks.load(name), survivors(name, model)
+    task, found = tasks.load(name), offered(name, model)
     examples = [[pair.x, pair.y] for pair in tasks.split(task).test[:N_EXAMPLES]]
     features = {}
     for layer, part in found.groupby("layer"):
-        part = part.loc[part["weight"].abs().sort_values(ascending=False).index]
-        size = part["weight"].abs().max()
-        whole = bool(part["method"].str.contains("pruned").any())
+        part = part.sort_values("weight", ascending=False)
+        size = part["weight"].max()
+        whole = bool(part["method"].eq("pruned").any())
         features[str(layer)] = [{"latent": WHOLE, "method": "pruned", "weight": 1.0}] * whole + [
             {"latent": int(r.latent), "method": r.method, "weight": round(r.weight / size, 2)}
             for r in part.itertuples()
