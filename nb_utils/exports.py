@@ -51,6 +51,7 @@ class Card:
     heldout: tuple[tuple[str, str], ...]
     licence: str
     mode: str = "add"
+    place: str = "last token of the prompt"  # and nowhere else
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def _card(record: dict, path: Path) -> Card:
     fields = {}
     for field in dataclasses.fields(Card):
         kind = getattr(field.type, "__name__", str(field.type))
-        value = record.get(field.name)
+        value = record.get(field.name, field.default)  # an older card may lack what has one
         good = isinstance(value, kinds[kind]) if kind in kinds else isinstance(value, dict | list)
         if not good or (kind == "int" and isinstance(value, bool)):
             raise ExportError(f"{path} has no usable {field.name!r}: export the vector again.")
