@@ -13,7 +13,10 @@ from nb_utils.record import tables
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a machine with a GPU may not have.
-LACKING = ["nbformat", "nnsight", "pyvene", "sae_lens", "seaborn", "snakemake", "transformer_lens"]
+LACKING = [
+    "IPython", "datasets", "gguf", "matplotlib", "nbformat", "nnsight", "papermill", "pyvene", "sae_lens", "scipy",
+    "seaborn", "snakemake", "transformer_lens",
+]  # fmt: skip
 REHEARSAL = f"""import sys
 sys.modules |= dict.fromkeys({LACKING})
 from benchmarks import measure
