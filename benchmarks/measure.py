@@ -403,7 +403,7 @@ def machine(model):
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu"
     return {"device": device, "processor": brand, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
             "features": [flag for flag in FLAGS if flag in has],
-            "byte_budget": engine.byte_budget(model.device)}  # fmt: skip
+            "byte_budget": engine.BYTE_BUDGET}  # fmt: skip
 
 
 def measure(case, parts, *given):

@@ -768,7 +768,7 @@ def test_measuring_writes_a_table_and_cards_with_its_numbers(tmp_path, monkeypat
     for layer, row in table.iterrows():
         card = (folder / f"L{layer}/README.md").read_text()
         assert f"`blocks.{layer}.hook_resid_post`" in card and row.sae_sha256 in card
-        assert f"| {row.fvu:.3g} | at most 0.2 | **not met** |" in card
+        assert f"| {row.fvu:.3g} | at most 0.12 | **not met** |" in card
         assert f"| {row.l0_mean:.3g} | at most 50 | met |" in card
     assert not list(tmp_path.rglob("*.part"))
     assert "Table:" in capsys.readouterr().out

@@ -86,14 +86,13 @@ def test_models_by_name_are_loaded_from_safetensors_only():
 
 
 def test_shipped_weights_are_safetensors_with_the_hash_that_their_card_and_the_table_state():
-    for model in sorted(path.name for path in (ROOT / "saes").glob("*/")):
-        measured = tables.load("saes", model).set_index("layer")["sae_sha256"]
-        shipped = sorted((ROOT / "saes" / model).rglob("sae_weights.safetensors"))
-        assert len(shipped) == len(measured), model
-        for weights in shipped:
-            digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-            assert digest in (weights.parent / "README.md").read_text(), weights
-            assert digest == measured[int(weights.parent.name.split(".")[1])], weights
+    hashes = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in (ROOT / "saes").rglob("*.safetensors")}
+    for weights, digest in hashes.items():
+        assert digest in (weights.parent / "README.md").read_text(), weights
+    for model in sorted({path.parents[1] for path in (ROOT / "saes").glob("*/*/*.safetensors")}):
+        measured = tables.load("saes", model.name).set_index("layer")["sae_sha256"]
+        shipped = {int(path.parent.name.split(".")[1]): hashes[path] for path in model.glob("*/*.safetensors")}
+        assert shipped == measured.to_dict(), model
     kinds = {path.suffix for part in DATA for path in (ROOT / part).rglob("*") if path.is_file()}
     assert not kinds & {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib", ".h5"}
 

@@ -30,7 +30,7 @@ def spec(tokens=3 * 8 * 127, **more):
 
 
 def learn(tiny, rows, tmp_path, *specs):
-    return train_saes.learn(specs, ARGUMENTS, tiny.hf, rows, tmp_path / f"{len(specs)}.checkpoint")
+    return train_saes.learn(specs, ARGUMENTS, tiny.layout, rows, tmp_path / f"{len(specs)}.checkpoint")
 
 
 def test_saes_of_one_pass_equal_those_trained_alone(tiny, rows, tmp_path):
