@@ -35,6 +35,7 @@ from test_tables import ORIGIN, STEM, made
 
 from nb_utils import exports, files, models, saes, tasks
 from nb_utils.record import tables
+from nb_utils.text import slug, visible
 from workflow import build_corpus, collect_evidence, runs, train_saes
 
 ROOT = tables.ROOT
@@ -599,8 +600,10 @@ def test_a_task_of_any_name_title_and_words_loads_as_it_says_or_is_a_task_error(
     except tasks.TaskError as error:
         one_sentence(str(error))
         return
-    assert {field: getattr(task, field) for field in fields} == {field: text.strip() for field, text in fields.items()}
-    assert "name" in fields or task.name == path.stem.strip()
+    said = {field: text.strip() for field, text in fields.items()}
+    assert task.name == slug(said.pop("name", path.stem.strip()), path.read_bytes())
+    assert {field: getattr(task, field) for field in said} == said | (
+        {"title": visible(said["title"])} if "title" in said else {})
     texts = [task.name, task.title, task.licence, task.origin, task.category]
     texts += [text for pair in task.pairs for text in (pair.x, *pair.answers)]
     assert all(text == text.strip() and len(text.splitlines()) == 1 and "\0" not in text for text in texts)

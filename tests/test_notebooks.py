@@ -210,7 +210,7 @@ def test_a_table_says_all_that_it_depends_on(path, tables_of):
         origin = tables.read_provenance(table)
         assert set(origin) == set(tables.PARTS)
         assert set(runs.known_parameters(path)) - set(stale.NOT_COMPARED) <= set(origin["parameters"])
-        text = {"text/neutral.json"} if "passages.passages" in path.read_text() else set()
+        text = {"text/neutral.json"} if "prompts.passages" in path.read_text() else set()
         assert set(origin["data_sha256"]) == {"antonyms.json"} | text and set(origin["sae_sha256"]) == {"2", "3"}
     read = {text for text in re.findall(r'"(\d\d_[a-z_]+)"', path.read_text().replace('\\"', '"'))}
     assert set(origin["inputs"]) == {stem for stem in read if not stem.startswith(path.stem)}
