@@ -486,6 +486,21 @@ class Book:
         found = rows(self.last("09_templates"), method=method)
         return found[found["made_on"].eq(found["tested_on"]) == home].groupby("task")["rel_loss"].mean()
 
+    # Experiment 13
+
+    def planted(self, method: str, column: str = "f1", dictionary: str = "true") -> pd.Series:
+        """Return a measure of every planted task, of vectors of as many latents as the task has features.
+
+        They stand for the centred vector where a method was tried on it. Pruned ones are of the path that begins as
+        narrow as the book's, cleaned ones of the penalty whose mean F1 is highest, which favours them.
+        """
+        found = rows(self.read("13_ground_truth"), method=method, dictionary=dictionary)
+        if method == "clean":
+            return rows(found, penalty=found.groupby("penalty")["f1"].mean().idxmax()).set_index("task")[column]
+        wide, centred = found["first"].gt(found["first"].min()).fillna(False), found["of"].eq("centred")
+        kept = found["k"].eq(found["features"]) & ~wide & (centred | ~centred.any())
+        return found[kept].set_index("task")[column]
+
 
 def _gain(frame: pd.DataFrame) -> pd.DataFrame:
     """Spread the normalised gains of features (not of random directions) over a grid: features x tasks."""
@@ -917,3 +932,52 @@ def pruning_is_gentler_in_text(book: Book) -> Comparison:
 @number
 def pruned_leaves_its_template(book: Book) -> Comparison:
     return over_tasks(book.templates("prune_contrast", home=False) / book.templates("prune_contrast", home=True))
+
+
+# 13 Ground truth: a task's features are known
+
+
+@number
+def cleaning_keeps_planted(book: Book) -> Comparison:
+    return over_tasks(book.planted("clean", "precision"))
+
+
+@number
+def pruning_finds_planted(book: Book) -> Comparison:
+    return over_tasks(book.planted("prune_contrast"))
+
+
+@number
+def pruning_keeps_planted(book: Book) -> Comparison:
+    return over_tasks(book.planted("prune_contrast", "precision") - book.planted("clean", "precision"))
+
+
+@number
+def pruning_loses_less_than_planted(book: Book) -> Comparison:
+    planted = rows(book.read("13_ground_truth"), method="planted", dictionary="true").set_index("task")["loss"]
+    return over_tasks(book.planted("prune_contrast", "loss") - planted)
+
+
+@number
+def pruning_finds_more_than_projection(book: Book) -> Comparison:
+    return over_tasks(book.planted("prune_contrast") - book.planted("top_k_projection"))
+
+
+@number
+def pruning_finds_more_than_pursuit(book: Book) -> Comparison:
+    return over_tasks(book.planted("prune_contrast") - book.planted("nonnegative_omp"))
+
+
+@number
+def pruning_finds_more_than_contrast(book: Book) -> Comparison:
+    return over_tasks(book.planted("prune_contrast") - book.planted("contrast_codes"))
+
+
+@number
+def cleaning_finds_fewer(book: Book) -> Comparison:
+    return over_tasks(book.planted("clean", "recall") - book.planted("prune_contrast", "recall"))
+
+
+@number
+def spoiled_dictionaries_hide(book: Book) -> Comparison:
+    return over_tasks(book.planted("prune_contrast", dictionary="spoiled") - book.planted("prune_contrast"))
