@@ -491,15 +491,14 @@ class Book:
     def planted(self, method: str, column: str = "f1", dictionary: str = "true") -> pd.Series:
         """Return a measure of every planted task, of vectors of as many latents as the task has features.
 
-        They stand for the centred vector where a method was tried on it. Pruned ones are of the path that begins as
-        narrow as the book's, cleaned ones of the penalty whose mean F1 is highest, which favours them.
+        They stand for the centred vector where a method was tried on it. Cleaned ones are of the penalty whose mean F1
+        is highest, which favours them.
         """
         found = rows(self.read("13_ground_truth"), method=method, dictionary=dictionary)
         if method == "clean":
             return rows(found, penalty=found.groupby("penalty")["f1"].mean().idxmax()).set_index("task")[column]
-        wide, centred = found["first"].gt(found["first"].min()).fillna(False), found["of"].eq("centred")
-        kept = found["k"].eq(found["features"]) & ~wide & (centred | ~centred.any())
-        return found[kept].set_index("task")[column]
+        centred = found["of"].eq("centred")
+        return found[found["k"].eq(found["features"]) & (centred | ~centred.any())].set_index("task")[column]
 
 
 def _gain(frame: pd.DataFrame) -> pd.DataFrame:

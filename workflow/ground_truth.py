@@ -33,15 +33,15 @@ class Settings:
 
     seeds: int = 5
     sizes: tuple[int, ...] = (32, 24, 16, 12, 10, 8, 6, 4)  # the first: twice what is active at a time, as in the book
-    wide: tuple[int, ...] = (64, 16, 8)  # a path that lets more latents in at first
     steps_a_stage: int = 15
     refit_rates: tuple[float, ...] = (0.05, 0.1, 0.2)
     penalties: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)
     rates: tuple[float, ...] = (0.1, 0.2, 0.4)
     steps: int = 80
     k: int = 12  # latents of a dictionary that are active at a time
-    tokens: int = 65_536  # drawn to train dictionaries
-    steps_of_training: int = 300
+    # To train an encoder, and to learn a whole dictionary: tokens drawn, tokens of a step, steps.
+    encoder: tuple[int, int, int] = (65_536, 2048, 300)
+    learned: tuple[int, int, int] = (131_072, 512, 2400)
     lost: float = 0.25  # of all features, those that "spoiled" lacks
     apart: float = 0.9  # cosine of a feature with each of the two latents that "spoiled" has for it
 
@@ -69,19 +69,21 @@ def dictionary_of(world: World, kind: str, has: Settings) -> saes.Sae:
 
 def _trained(world: World, decoder: torch.Tensor | None, kind: str, has: Settings) -> saes.Sae:
     """Train as the book's SAEs are, with a fixed decoder if one is given."""
-    x, batch, d_sae = world.tokens(has.tokens, seed=1), train_saes.BATCH, len(world.directions)
-    spec = train_saes.Spec("planted", LAYER, d_sae, has.k, has.tokens, lr=3e-3, seed=world.seed)
+    (tokens, batch, steps), d_sae = has.learned if decoder is None else has.encoder, len(world.directions)
+    x, rng = world.tokens(tokens, seed=1), np.random.default_rng(world.seed)
+    # Another seed than the world's, from which its features are drawn.
+    spec = train_saes.Spec("planted", LAYER, d_sae, has.k, tokens, lr=3e-3, seed=world.seed + 1)
     if decoder is not None:
         spec = replace(spec, d_sae=len(decoder), freeze="decoder")
-    sae, rng = train_saes.Sae.fresh(x, spec), np.random.default_rng(world.seed)
+    sae = train_saes.Sae.fresh(x, spec)
     if decoder is not None:
         sae = train_saes.Sae.of({**sae.state(), "encoder": decoder.clone(), "decoder": decoder.clone()}, spec)
-    for step in range(has.steps_of_training):
-        if step % (len(x) // batch) == 0:
-            order = torch.from_numpy(rng.permutation(len(x)))
+    for step in range(steps):
+        if step % (tokens // batch) == 0:
+            order = torch.from_numpy(rng.permutation(tokens))
             sae.find_dead()
-        first = step * batch % len(x)
-        lr = spec.lr * min(1.0, (1 - step / has.steps_of_training) / 0.3)
+        first = step * batch % tokens
+        lr = spec.lr * min(1.0, (1 - step / steps) / 0.3)
         sae.step(x[order[first : first + batch]], spec.k, lr, rng)
     tensors = sae.folded()
     digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors.values())).hexdigest()
@@ -102,12 +104,11 @@ def centred(at: Streams, sae: saes.Sae) -> Streams:
 
 
 def pruned(problem, sae, at, has: Settings):
-    """Prune contrast codes at every rate, on both paths; yield what validates best of each size."""
+    """Prune contrast codes at every rate; yield what validates best of each size."""
     start = dictionary.contrast_codes(at, LAYER, sae).codes.expand(len(has.refit_rates), -1)
-    for sizes in (has.sizes, has.wide):
-        paths = cleaning.prune_with_refit(problem, sae, start, sizes, has.refit_rates, has.steps_a_stage)
-        for k, found in zip(sizes, zip(*paths, strict=True), strict=True):
-            yield {"method": "prune_contrast", "of": "centred", "k": k, "first": sizes[0]}, cleaning.best(found)
+    paths = cleaning.prune_with_refit(problem, sae, start, has.sizes, has.refit_rates, has.steps_a_stage)
+    for k, found in zip(has.sizes, zip(*paths, strict=True), strict=True):
+        yield {"method": "prune_contrast", "of": "centred", "k": k}, cleaning.best(found)
 
 
 def cleaned(problem, sae, at, has: Settings):
@@ -163,7 +164,7 @@ def table(has: Settings) -> pd.DataFrame:
             parts += [measure(world, task, sae, has) for task in range(len(world.tasks))]
             print(f"world {seed}, {kind} dictionary: measured", flush=True)
     found = pd.concat(parts, ignore_index=True)
-    return found.astype({"l0": "Int64", "k": "Int64", "first": "Int64", "method": "str", "of": "str"})
+    return found.astype({"l0": "Int64", "k": "Int64", "method": "str", "of": "str"})
 
 
 def origin(has: Settings) -> dict:
