@@ -952,9 +952,8 @@ def pruning_keeps_planted(book: Book) -> Comparison:
 
 
 @number
-def pruning_loses_less_than_planted(book: Book) -> Comparison:
-    planted = rows(book.read("13_ground_truth"), method="planted", dictionary="true").set_index("task")["loss"]
-    return over_tasks(book.planted("prune_contrast", "loss") - planted)
+def loss_tells_planted(book: Book) -> Comparison:
+    return over_tasks(book.planted("prune_contrast", "loss") - book.planted("planted_tuned", "loss"))
 
 
 @number

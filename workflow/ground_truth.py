@@ -122,6 +122,15 @@ def cleaned(problem, sae, at, has: Settings):
         yield {"method": "clean", "of": "raw", "penalty": penalty}, cleaning.best(found[i * n : (i + 1) * n])
 
 
+def tuned(problem, sae, truth, has: Settings):
+    """Tune the weights of a task's own features, for as many steps as pruning takes to their number."""
+    k = int((truth != 0).sum())
+    steps = has.steps_a_stage * (has.sizes.index(k) + 1)
+    starts, unit = truth.expand(len(has.refit_rates), -1), (truth.abs().sum() / k).expand(1, 1)
+    yield {"method": "planted_tuned", "of": "centred", "k": k}, cleaning.best(
+        cleaning.refit(problem, sae, starts, unit, has.refit_rates, steps))
+
+
 def written(sae, at, has: Settings):
     """Write the task vector, or the centred one, with few latents: no loss is looked at."""
     streams = {"raw": at, "centred": centred(at, sae)}
@@ -137,6 +146,8 @@ def measure(world: World, task: int, sae: saes.Sae, has: Settings) -> pd.DataFra
     feature = planted.stands_for(sae.W_dec, world.directions)
     site = engine.Site.prepare(world.model, prompts.zero_shot(world.model.tokenizer, own.part(3)))
     found = [*pruned(problem, sae, at, has), *cleaned(problem, sae, at, has), *written(sae, at, has)]
+    if sae.name == "true":
+        found += tuned(problem, sae, world.truth(task), has)
     rows = [told | planted.recovery(one.codes, feature, own.signs) for told, one in found]
     for row, (_, one) in zip(rows, found, strict=True):
         row["validation_loss"] = getattr(one, "validation_loss", float("nan"))
