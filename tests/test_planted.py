@@ -93,6 +93,7 @@ def test_pruning_finds_planted_features_as_projection_and_chance_do_not(measured
     found = pd.concat(measured)
     assert found["features"].eq(8).all()
     f1 = found[found["k"].eq(8)].groupby(["method", "of"])["f1"].mean()
+    assert f1["planted_tuned", "centred"] == 1
     assert f1["prune_contrast", "centred"] >= 0.5
     assert max(f1["top_k_projection"].max(), f1["gradient_pursuit", "raw"]) < 0.4
     assert f1["random_support", "centred"] < 0.1
