@@ -36,6 +36,7 @@ book: model
 report: TASKS = all
 report: model
 	$(call runs,--config size=report)
+	$(BIN)/python -m workflow.ground_truth
 	$(MAKE) --no-print-directory html
 
 html: .venv/installed

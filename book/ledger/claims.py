@@ -487,6 +487,20 @@ class Book:
         found = rows(self.last("09_templates"), method=method)
         return found[found["made_on"].eq(found["tested_on"]) == home].groupby("task")["rel_loss"].mean()
 
+    # Experiment 13
+
+    def planted(self, method: str, column: str = "f1", dictionary: str = "true") -> pd.Series:
+        """Return a measure of every planted task, of vectors of as many latents as the task has features.
+
+        They stand for the centred vector where a method was tried on it. Cleaned ones are of the penalty whose mean F1
+        is highest, which favours them.
+        """
+        found = rows(self.read("13_ground_truth"), method=method, dictionary=dictionary)
+        if method == "clean":
+            return rows(found, penalty=found.groupby("penalty")["f1"].mean().idxmax()).set_index("task")[column]
+        centred = found["of"].eq("centred")
+        return found[found["k"].eq(found["features"]) & (centred | ~centred.any())].set_index("task")[column]
+
 
 def _gain(frame: pd.DataFrame) -> pd.DataFrame:
     """Spread the normalised gains of features (not of random directions) over a grid: features x tasks."""

@@ -1,4 +1,4 @@
-"""The numbers that decide whether what is found is real: experiments 06 to 09."""
+"""The numbers that decide whether what is found is real: experiments 06 to 09, and planted worlds."""
 
 from __future__ import annotations
 
@@ -92,3 +92,51 @@ def pruning_is_gentler_in_text(book: Book) -> Comparison:
 @number
 def pruned_leaves_its_template(book: Book) -> Comparison:
     return over_tasks(book.templates("prune_contrast", home=False) / book.templates("prune_contrast", home=True))
+
+
+# 13 Ground truth: a task's features are known
+
+
+@number
+def cleaning_keeps_planted(book: Book) -> Comparison:
+    return over_tasks(book.planted("clean", "precision"))
+
+
+@number
+def pruning_finds_planted(book: Book) -> Comparison:
+    return over_tasks(book.planted("prune_contrast"))
+
+
+@number
+def pruning_keeps_planted(book: Book) -> Comparison:
+    return over_tasks(book.planted("prune_contrast", "precision") - book.planted("clean", "precision"))
+
+
+@number
+def loss_tells_planted(book: Book) -> Comparison:
+    return over_tasks(book.planted("prune_contrast", "loss") - book.planted("planted_tuned", "loss"))
+
+
+@number
+def pruning_finds_more_than_projection(book: Book) -> Comparison:
+    return over_tasks(book.planted("prune_contrast") - book.planted("top_k_projection"))
+
+
+@number
+def pruning_finds_more_than_pursuit(book: Book) -> Comparison:
+    return over_tasks(book.planted("prune_contrast") - book.planted("nonnegative_omp"))
+
+
+@number
+def pruning_finds_more_than_contrast(book: Book) -> Comparison:
+    return over_tasks(book.planted("prune_contrast") - book.planted("contrast_codes"))
+
+
+@number
+def cleaning_finds_fewer(book: Book) -> Comparison:
+    return over_tasks(book.planted("clean", "recall") - book.planted("prune_contrast", "recall"))
+
+
+@number
+def spoiled_dictionaries_hide(book: Book) -> Comparison:
+    return over_tasks(book.planted("prune_contrast", dictionary="spoiled") - book.planted("prune_contrast"))

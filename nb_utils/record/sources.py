@@ -20,6 +20,7 @@ AFTER_MEASURING = ("nb_utils.files", "nb_utils.show.plots", "nb_utils.record.tab
 LOOSE = "(statements)"
 # Tables that no experiment makes, and what does.
 SCRIPTS = {
+    "13_ground_truth": "workflow/ground_truth.py",
     "benchmarks": "benchmarks/measure.py", "choices": "workflow/choices.py", "features": "workflow/collect_evidence.py",
     "explore_cleaning": "workflow/explore_grid.py", "explore_steering": "workflow/explore_grid.py",
     "explore_tokens": "workflow/explore_grid.py", "saes": "workflow/measure_saes.py",

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = "results/tables"
 MODEL = "gemma-3-270m"
 NAMED = (MODEL, "smollm2-135m-instruct", "tiny", "random")  # models and SAEs that are taken before a folder so called
+OWN_MODELS = {"13_ground_truth": "planted"}  # experiments that bring their model, whatever model is asked for
 PACKAGES = ("numpy", "sae-lens", "torch", "transformer-lens", "transformers")
 # What the provenance of a table holds.
 PARTS = ("code", "data_sha256", "inputs", "model_sha256", "parameters", "sae_sha256", "versions")
@@ -237,7 +238,7 @@ def read_provenance(path: str | Path) -> dict[str, object]:
 def _place(stem: str, model: str, folder: str | Path | None, sae_set: str = "shipped") -> Path:
     if folder is None:
         folder = os.environ.get("NB_TABLES") or FOLDER
-    return ROOT / folder / stem / place(model, sae_set)
+    return ROOT / folder / stem / place(OWN_MODELS.get(stem, model), sae_set)
 
 
 def _paths(place: Path) -> list[Path]:
