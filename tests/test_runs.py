@@ -168,6 +168,8 @@ OLD = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 @pytest.mark.parametrize("terminal, task", [({"PYTHONIOENCODING": "ascii"}, "日本"), (OLD, "en_es")])
 def test_a_terminal_without_the_characters_shows_question_marks(notebook, tmp_path, terminal, task):
+    if terminal is OLD and not sys.prefix.isascii():
+        pytest.skip("with this locale Python itself cannot start from a folder of such a name; make gives it another")
     command = [sys.executable, "-m", "workflow.runs", str(notebook()), "-p", "task", task]
     command += ["-o", str(tmp_path / "out/run.ipynb"), "--log", str(tmp_path / "log")]
     done = subprocess.run(command, capture_output=True, env={**os.environ, **terminal})

@@ -155,7 +155,7 @@ def test_make_takes_the_newest_python_that_runs_and_will_do(tmp_path):
     lies = "import sys; sys.version_info = ({}); exec(sys.argv.pop(1))"
     said = {"python3.12": "3, 12", "python3.11": "3, 11, 7", "python3": "3, 14", "python": "2, 7"}
     for name, version in said.items():
-        run = f"shift; exec {sys.executable} -c '{lies.format(version)}' \"$@\""
+        run = f"shift; exec '{sys.executable}' -c '{lies.format(version)}' \"$@\""
         (tmp_path / name).write_text(f"#!/bin/sh\n{run}\n")
     (tmp_path / "python3.13").write_text("#!/bin/sh\nexit 127\n")
     for path in list(tmp_path.iterdir()):
