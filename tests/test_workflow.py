@@ -175,3 +175,9 @@ def test_batches_fit_the_memory_of_a_run_and_too_little_is_one_sentence(project,
     code, said, started = make(project, "--resources", "mem=2G", tasks="en_fr")
     assert code != 0 and not started and "Traceback" not in said
     assert re.search(r"Nothing was run. \w+ needs \d.\d GB of memory for tiny, and MEMORY allows 2.0 GB: give it", said)
+
+
+@pytest.mark.parametrize("size", ["book", "report"])
+def test_no_setting_is_empty_as_no_run_would_get_it(size):
+    given = yaml.safe_load((ROOT / f"workflow/{size}.yaml").read_text())["parameters"]
+    assert all(str(value).strip() for settings in given.values() for value in settings.values())
