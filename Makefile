@@ -44,6 +44,7 @@ html: .venv/installed
 	mkdir -p logs
 	$(BIN)/python -m workflow.choices
 	$(BIN)/python -m workflow.feature_pages
+	$(BIN)/python -m workflow.versions
 	$(BIN)/jupyter-book build . --all -W -n --keep-going >logs/html.log 2>&1 \
 	  || { grep -E "WARNING: |Error[^ ]*: ." logs/html.log | sort -u | tail -5; echo "The book was not built: see logs/html.log"; exit 1; }
 	echo "The book is $(CURDIR)/_build/html/index.html: open it in a browser, or run make serve."
@@ -62,7 +63,7 @@ test: .venv/installed
 
 lint: .venv/installed
 	$(BIN)/ruff check .
-	$(BIN)/nbstripout --verify --keep-id book/explore.ipynb book/*/*.ipynb
+	$(BIN)/nbstripout --verify --keep-id book/*.ipynb book/*/*.ipynb
 
 serve: .venv/installed
 	test -e _build/html/index.html || { echo "There is no book yet: run make book first."; exit 1; }

@@ -218,8 +218,9 @@ def test_a_table_says_all_that_it_depends_on(path, tables_of):
 
 def test_cleanup_tries_rates_and_crosses_data_and_start_where_it_has_every_seed(tables_of):
     table = pd.read_parquet(tables_of("02_cleanup") / "02_cleanup/tiny/antonyms.parquet")
-    crossed = table[table["method"].isin(["clean_all", "clean_mean_codes", "clean_mean_codes_all", "prune_contrast_few"])]
-    assert crossed["method"].nunique() == 4 and set(crossed["layer"]) == {3} and set(crossed["seed"]) == {0}
+    ways = ["clean_all", "clean_mean_codes", "clean_mean_codes_all", "prune_contrast_few"]
+    crossed = table[table["method"].isin(ways)]
+    assert crossed["method"].nunique() == len(ways) and set(crossed["layer"]) == {3} and set(crossed["seed"]) == {0}
     swept = {"prune_contrast": "refit_rates", "learned_vector": "dense_rates", "clean_mean_codes": "mean_rates"}
     for method, rates in swept.items():
         tried = {float(rate) for rate in SIZES[rates].split(",")}
