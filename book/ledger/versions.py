@@ -69,8 +69,11 @@ def changed(then: list[dict], now: list[dict]) -> pd.DataFrame:
         if old and new and all(old[part] == new[part] for part in ("verdict", "claim", "asked")):
             continue
         shown = new or old
+        was = said(old) if old else NEW
+        if old and new and old["claim"] != new["claim"]:
+            was += f" (in these words: {old['claim']})"
         line = {"claim": shown["claim"], "page": shown["page"]}
-        lines.append(line | {"then": said(old) if old else NEW, "now": said(new) if new else GONE})
+        lines.append(line | {"then": was, "now": said(new) if new else GONE})
     return pd.DataFrame(lines, columns=["claim", "page", "then", "now"])
 
 
