@@ -86,6 +86,23 @@ def test_the_static_control_moves_and_shows_the_right_cell_of_the_grid(page):
             assert tokens == [token.translate(marks) for token in shown["tokens"]]
 
 
+def test_the_first_page_shows_a_control_without_scrolling(page, built):
+    page.goto((built / "book/index.html").resolve().as_uri(), timeout=WAIT)
+    box = page.get_by_role("group", name="One vector, one slider")
+    box.wait_for(timeout=WAIT)
+    slider = box.locator('[data-field="scale"]')
+    assert slider.bounding_box()["y"] < 900
+    data = json.loads(widgets.glance().data)["tasks"]["en_es"]
+    box.locator('[data-field="task"]').select_option("en_es")
+    for place in (0, data["scales"].index(data["start"])):
+        slider.fill(str(place))
+        accuracy = int(100 * data["accuracy"][place] + 0.5)
+        assert f"{accuracy} % right, loss {data['loss'][place]:.2f} nats" in text(box, "mean")
+        said = box.locator("li").first.inner_text()
+        assert data["views"][place][0][0].strip() in said and data["examples"][0][0] in said
+        assert ("right" in said.split("%")[1]) == data["views"][place][0][2]
+
+
 def test_the_static_control_is_moved_by_the_keyboard_alone(page):
     box = page.get_by_role("group", name="Steering control")
     slider = box.locator('[data-field="scale"]')

@@ -231,3 +231,22 @@ def test_building_the_page_needs_neither_torch_nor_a_model():
     ) + "\nassert not {'torch', 'transformers', 'sae_lens'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_slider_of_the_first_page_shows_cells_of_the_grid():
+    grid, found = tables.load("explore_steering"), json.loads(widgets.glance().data)
+    assert set(found["tasks"]) == set(grid["task"])
+    for name, one in found["tasks"].items():
+        own = grid[(grid["task"] == name) & (grid["target"] == name) & (grid["latent"] == widgets.WHOLE)]
+        part = own[(own["layer"] == own.loc[own["loss"].idxmin(), "layer"]) & (own["scale"] >= 0)].sort_values("scale")
+        assert one["scales"] == part["scale"].tolist() and one["scales"][0] == 0
+        assert one["loss"] == pytest.approx(part["loss"].tolist(), abs=1e-4)
+        assert one["start"] == part.loc[part["loss"].idxmin(), "scale"]
+        for views, examples in zip(one["views"], part["examples"], strict=True):
+            assert [view[0] for view in views] == [example["tokens"][0] for example in examples]
+            assert [view[2] for view in views] == [example["rank"] == 1 for example in examples]
+    assert "right without the vector" in widgets.glance().words()
+
+
+def test_without_a_grid_the_first_page_says_so():
+    assert json.loads(widgets.glance("tiny").data)["tasks"] == {} and widgets.glance("tiny").words() == ""

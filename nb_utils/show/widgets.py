@@ -361,6 +361,46 @@ def _entry(name: str, model: str) -> dict:
     return {"name": name, "title": task.title, "examples": examples, "features": features}
 
 
+class Glance(_Live):
+    """One slider: a task's features together, added to prompts that show no example."""
+
+    _esm = _front("glance.js")
+
+    def words(self) -> str:
+        data = json.loads(self.data)
+        said = [
+            f"{verbatim(one['title'])}: {one['accuracy'][one['scales'].index(0.0)]:.0%} right without the vector, "
+            f"{max(one['accuracy']):.0%} with it"
+            for one in data["tasks"].values()
+        ]
+        return _listed(f"Stored in it, over {data['n_test']} test words:", said)
+
+
+def glance(model: str = tables.MODEL) -> Glance:
+    """Build the slider from the grid of the steering control: of each task the block where its vector does best."""
+    data = steering_data(model)
+    pairs = {task["name"]: task for task in data["tasks"]}
+    found = {}
+    for name in data["zero"]:
+        wanted = (f"{name}|", f"|{WHOLE}")
+        cells = [cell for key, cell in data["cells"].items() if key.startswith(wanted[0]) and key.endswith(wanted[1])]
+        if cells:
+            found[name] = _glanced(min(cells, key=lambda cell: min(cell["loss"])), pairs[name], data["tokens"])
+    return Glance({"n_test": data["n_test"], "tasks": found}, None)
+
+
+def _glanced(cell: Mapping, task: Mapping, tokens: list[str]) -> dict:
+    """Keep what the slider shows of a cell: scales from 0 on and, of each example, the likeliest token."""
+    scales, kept = cell["scales"], [i for i, scale in enumerate(cell["scales"]) if scale >= 0]
+    start = min(kept, key=lambda i: cell["loss"][i])
+    views = [[[tokens[view[3][0]], view[4][0], view[1] == 1] for view in cell["views"][i]] for i in kept]
+    return {
+        "title": task["title"], "examples": task["examples"], "start": scales[start], "views": views,
+        "scales": [scales[i] for i in kept], "loss": [cell["loss"][i] for i in kept],
+        "accuracy": [cell["accuracy"][i] for i in kept],
+    }
+
+
 class Workbench(_Live):
     """The control that cleans a vector from pairs; without a kernel it only says what it needs."""
 
