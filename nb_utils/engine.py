@@ -162,18 +162,20 @@ class Site:
         return torch.cuda.mem_get_info(self.model.device)[0] + held  # the second: torch's, for no tensor yet
 
     def hidden(
-        self, vectors: Float[Tensor, "n d_model"], layer: int, mode: str = "add"
+        self, vectors: Float[Tensor, "n *batch d_model"], layer: int, mode: str = "add"
     ) -> Float[Tensor, "n n_labels d_model"]:
         """Return what the unembedding reads at every answer position, with each vector applied after block ``layer``.
 
-        ``mode``: "add" to the residual stream at the steered position, or "replace" it. Differentiable in ``vectors``.
+        ``vectors``: [n, d_model], each for all prompts, or [n, batch, d_model], one a prompt; here and wherever else
+        vectors are taken, but for `captured`. ``mode``: "add" to the residual stream at the steered position, or
+        "replace" it. Differentiable in ``vectors``. Raises ValueError where there is not one vector a prompt.
         """
         stream = self.model.layout.norm(self._run(vectors, layer, mode))
         return stream[:, self.rows[0], self.rows[1]]
 
     @torch.no_grad()
     def read(
-        self, vectors: Float[Tensor, "n d_model"], layer: int, at: int, mode: str = "add"
+        self, vectors: Float[Tensor, "n *batch d_model"], layer: int, at: int, mode: str = "add"
     ) -> Float[Tensor, "n batch d_model"]:
         """Return the residual stream at the steered position after block ``at``; vectors apply after ``layer``."""
         if at < layer:
@@ -186,7 +188,10 @@ class Site:
             raise ValueError(f"mode is 'add' or 'replace', not {mode!r}.")
         base = self.residual[layer]
         n, (batch, suffix, d_model) = len(vectors), base.shape
-        v = vectors.to(base)[:, None, :].expand(n, batch, d_model)
+        if vectors.ndim == 3 and vectors.shape[1] != batch:
+            raise ValueError(f"{vectors.shape[1]} vectors, one a prompt, do not fit {batch} prompts.")
+        v = vectors.to(base)
+        v = v if v.ndim == 3 else v[:, None].expand(n, batch, d_model)
         first = base[:, 0] + v if mode == "add" else v
         stream = torch.cat([first[:, :, None], base[:, 1:].expand(n, -1, -1, -1)], dim=2)
         stream = stream.reshape(n * batch, suffix, d_model)
@@ -292,7 +297,7 @@ class Site:
 
     @torch.no_grad()
     def evaluate(
-        self, vectors: Float[Tensor, "n d_model"], layer: int, mode: str = "add",
+        self, vectors: Float[Tensor, "n *batch d_model"], layer: int, mode: str = "add",
         reference: Float[Tensor, "batch vocab"] | None = None,
     ) -> Scores:
         """Score every vector on every prompt over the whole vocabulary, in chunks that respect `budget`.
@@ -335,7 +340,8 @@ class Site:
         )
         if len(due := (given.any(0) & ~cut[owners]).nonzero()[:, 0]):
             site = self._ended.take(due)
-            parts = vectors.split(site._chunk(1, 3 * VOCABULARY_BLOCK))
+            mine = vectors if vectors.ndim == 2 else vectors[:, owners[due].to(vectors.device)]
+            parts = mine.split(site._chunk(1, 3 * VOCABULARY_BLOCK))
             said = torch.cat([site._read_out(site.hidden(part, layer, mode), None)[1].cpu() for part in parts])
             tokens, which = said.unique(return_inverse=True)
             given[:, due] &= torch.tensor([_ends_line(self.model, token) for token in tokens.tolist()])[which]

@@ -5,11 +5,12 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
 
-from book.ledger import claims, ledger
+from book.ledger import claims, ledger, neighbours
 from book.ledger.claims import Book, Choices, ClaimError
 from nb_utils import statistics
 from nb_utils.record import sources, tables
@@ -258,6 +259,50 @@ def test_a_rule_is_held_against_chance_on_the_largest_budget(more):
     short = claims.NUMBERS["rule_beats_random"](Book().otherwise(seeds="first")).mean
     row = ledger.judged("07_illusion", more("07_illusion_budgets", made))["rule_beats_random_longer"]
     assert "after 96 steps" in row.decides and row.number.mean == pytest.approx(short / 2, abs=1e-3)
+
+
+TASKS = ("antonyms", "en_es", "en_fr", "algo_first")
+
+
+def hendel(**columns):
+    """Rows of experiment 20: thetas after three blocks, and few-shot prompts; of every task the same."""
+    row = {"mode": "replace", "seed": 0, "on": "test", "k": pd.NA, "l0": pd.NA} | columns
+    right = {8: (0.9, 0.1), 9: (0.2, 0.8), 10: (0.9, 0.8)}  # on test prompts, and on development cases
+    lines = [
+        {**row, "task": task, "layer": layer, "method": method, "accuracy": test, "validation_accuracy": chosen}
+        for task in TASKS for layer, (test, chosen) in right.items() for method in ("theta", "reconstruct")
+    ]
+    few = {**row, "layer": -1, "mode": "none", "method": "few_shot", "accuracy": 0.5}
+    lines += [{**few, "task": task} for task in TASKS]
+    frame = pd.DataFrame(lines)
+    return frame.assign(loss=frame["accuracy"], losses=[np.full(4, a) for a in frame["accuracy"]])
+
+
+def test_a_theta_stands_at_the_block_of_its_development_cases_the_earliest_of_equals(more):
+    found = more("20_hendel", hendel())
+    assert claims.NUMBERS["theta_keeps_icl"](found).mean == pytest.approx(0.2 / 0.5)
+    assert neighbours.window(found) == [9, 10] and neighbours.usual(found) == 9
+    assert claims.NUMBERS["theta_window"](found).mean == pytest.approx(1)
+    best_on_test = found.otherwise(block="test")
+    assert set(neighbours.hendel(best_on_test, "theta")["layer"]) == {9}, "the lowest loss"
+
+
+def test_who_wins_against_examples_is_counted_for_the_vector_and_languages_stand_alone(more):
+    lines = [
+        {"task": task, "rival": rival, "layer": 9, "method": "theta", "on": on, "accuracy": right, "k": pd.NA}
+        for task, rival, own, other in (("en_es", "en_fr", 0.8, 0.1), ("en_fr", "en_es", 0.7, 0.2),
+                                        ("antonyms", "en_es", 0.0, 0.9), ("algo_first", "algo_last", 0.1, 1.0))
+        for on, right in (("demonstrations", own), ("rival", other), ("alone", 1.0))
+    ]  # fmt: skip
+    more("20_hendel", hendel())
+    frame = pd.DataFrame(lines)
+    for task, part in frame.groupby("task"):
+        tables.save(part, "20_hendel_conflict", task, {})
+    found = Book()
+    assert claims.NUMBERS["theta_overrides_examples"](found).mean == pytest.approx((-0.7 - 0.5 + 0.9 + 0.9) / 4)
+    assert claims.NUMBERS["languages_resist"](found).mean == pytest.approx((-0.7 - 0.5) / 2)
+    with pytest.raises(ClaimError, match="no such prune_swap"):
+        claims.NUMBERS["features_override_examples"](found)
 
 
 def test_the_stored_choices_are_those_of_every_claim_and_agree_with_the_tables():

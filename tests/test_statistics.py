@@ -435,3 +435,47 @@ def test_crossed_has_wrong_vectors_off_the_diagonal_and_the_own_one_on_as_many_p
     ])  # fmt: skip
     grid = statistics.crossed(frame)
     assert grid.loc["a"].tolist() == [-0.5, 0.2] and grid.loc["b"].tolist() == [0.0, -0.75]
+
+
+# --- thetas of experiment 20 ---
+
+
+def thetas(tasks=("a", "b", "c"), draws=6, noise=0.1, common=100.0):
+    """Draws around one direction a task, all far out along a common one; codes have the same numbers as the stream."""
+    rng, lines = np.random.default_rng(0), []
+    for i, task in enumerate(tasks):
+        for draw in range(draws):
+            point = noise * rng.normal(size=5)
+            point[i] += 1
+            point[4] += common
+            lines.append({"task": task, "draw": draw, "place": point, "latents": [1, 3, 5, 7, 9], "codes": point})
+    return pd.DataFrame(lines)
+
+
+@pytest.mark.parametrize("space", ["place", "codes"])
+def test_thetas_that_share_nearly_everything_are_told_apart_once_centred(space):
+    spread = thetas()
+    points = statistics.spread_points(spread, space)
+    np.testing.assert_allclose(np.linalg.norm(points, axis=1), 1)
+    alike = points.to_numpy() @ points.to_numpy().T
+    own = np.equal.outer(spread["task"].to_numpy(), spread["task"].to_numpy())
+    assert alike[own].min() > 0.5 > 0 > alike[~own].max()
+    nearest = statistics.nearest_centroid(spread, space)
+    assert set(nearest.index.get_level_values("draw")) == {1, 3, 5}, "those that make the means are not asked"
+    assert (nearest == nearest.index.get_level_values("task")).all()
+
+
+def test_codes_of_latents_that_are_not_active_are_zero_and_a_table_may_be_a_part_of_another():
+    spread = thetas(noise=0.0)
+    spread["latents"] = [[1, 3, 5, 7, 9][: i % 3 + 3] for i in range(len(spread))]
+    spread["codes"] = [list(codes[: len(latents)]) for codes, latents in zip(spread.codes, spread.latents, strict=True)]
+    part = spread[spread["task"] != "a"]
+    points = statistics.spread_points(part, "codes")
+    assert points.shape == (12, 5) and list(points.index) == list(zip(part["task"], part["draw"], strict=True))
+
+
+def test_thetas_of_no_task_name_their_task_by_chance_only():
+    rng = np.random.default_rng(1)
+    spread = thetas(draws=200, noise=0.0).assign(place=lambda frame: list(rng.normal(size=(len(frame), 5))))
+    nearest = statistics.nearest_centroid(spread, "place")
+    assert 0.2 < (nearest == nearest.index.get_level_values("task")).mean() < 0.47
