@@ -12,10 +12,13 @@ from nb_utils.engine import Scores, Site, Vocabulary
 
 @dataclass(frozen=True)
 class Candidate:
-    """A vector to score, and how it was made; ``k`` atoms asked for, ``l0`` atoms used (None: dense)."""
+    """A vector to score, and how it was made; ``k`` atoms asked for, ``l0`` atoms used (None: dense).
+
+    ``vector``: [d_model], or [batch, d_model], one a prompt; of candidates that are scored together all alike.
+    """
 
     method: str
-    vector: Float[Tensor, " d_model"]
+    vector: Float[Tensor, "*batch d_model"]
     k: int | None = None
     l0: int | None = None
     scale: float = 1.0
