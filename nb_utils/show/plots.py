@@ -50,6 +50,15 @@ COLORS = {
     "random_matched": "#A05A2C",
     "random_active": "#CC9F7B",
     "shuffled_labels": "#7A6F5D",
+    "theta": "#117733",
+    "theta_mean": "#0B4F6C",
+    "theta_shuffled": "#B0A17A",
+    "theta_own": "#9AA5B1",
+    "zero_mean": "#5C6B73",
+    "decoder_bias": "#C9B8A8",
+    "swap": "#AA4499",
+    "swap_codes": "#DDAADD",
+    "prune_swap": "#B33A1E",
 }
 MARKERS = {
     "centred_best_scale": "s",
@@ -69,6 +78,15 @@ MARKERS = {
     "random_matched": "X",
     "random_active": "<",
     "shuffled_labels": ">",
+    "theta": "p",
+    "theta_mean": "H",
+    "theta_shuffled": "p",
+    "theta_own": "*",
+    "zero_mean": "d",
+    "decoder_bias": "8",
+    "swap": "H",
+    "swap_codes": "h",
+    "prune_swap": "*",
 }
 LABELS = {
     "zero_shot": "zero-shot",
@@ -94,6 +112,15 @@ LABELS = {
     "random_matched": "random, same density",
     "random_active": "random, active on arrows",
     "shuffled_labels": "shuffled answers",
+    "theta": "theta",
+    "theta_mean": "mean theta",
+    "theta_shuffled": "theta, shuffled answers",
+    "theta_own": "mean theta of the examples' task",
+    "zero_mean": "mean zero-shot separator",
+    "decoder_bias": "decoder bias",
+    "swap": "swap, added",
+    "swap_codes": "swap in features",
+    "prune_swap": "swap, pruned",
 }
 # How a prompt of each template reads, in one line.
 TEMPLATES = {
