@@ -252,7 +252,7 @@ def fv_prunes_as_well(book: Book) -> Comparison:
 def first_heads(effects: pd.DataFrame) -> pd.Series:
     """Return the strongest head of every task, as text."""
     mean = rows(effects, method="head").groupby(["task", "layer", "head"])["effect"].mean()
-    return mean.groupby("task").idxmax().map(lambda found: f"block {found[1]} head {found[2]}")
+    return mean.groupby("task").idxmax().map(lambda found: f"block {int(found[1])} head {int(found[2])}")
 
 
 def closed_by_one(effects: pd.DataFrame, least: float = 0.1) -> pd.Series:
