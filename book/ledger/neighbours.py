@@ -166,7 +166,7 @@ def _at(frame: pd.DataFrame, chosen: pd.Series) -> pd.DataFrame:
     return frame[frame["layer"].eq(frame["task"].map(chosen))]
 
 
-# 21 Function vectors: heads are chosen on the other tasks, blocks and scales on validation prompts
+# 21 Function vectors: heads are chosen on the other tasks, how many, where and how strong on validation prompts
 
 
 @number
@@ -187,7 +187,7 @@ def one_head_elsewhere(book: Book) -> Comparison:
 
 @number
 def literal_vector_fails(book: Book) -> Comparison:
-    return compare(headed(book, "fv_literal"), headed(book, "zero_shot"))
+    return compare(headed(book, "fv_literal", k=book.many_heads), headed(book, "zero_shot"))
 
 
 @number
@@ -213,7 +213,7 @@ def collapsing_costs(book: Book) -> Comparison:
 
 @number
 def chosen_heads_beat_random(book: Book) -> Comparison:
-    return compare(headed(book, "fv_centred"), headed(book, "fv_random_heads"))
+    return compare(*(headed(book, method, k=book.many_heads) for method in ("fv_centred", "fv_random_heads")))
 
 
 @number
@@ -261,34 +261,41 @@ def closed_by_one(effects: pd.DataFrame, least: float = 0.1) -> pd.Series:
     The head is the one with the largest mean effect on all other tasks.
     """
     mean = rows(effects, method="head").groupby(["task", "layer", "head"])["effect"].mean().unstack("task")
-    others = pd.DataFrame({task: mean.drop(columns=task).mean(axis=1) for task in mean})
     level = effects.pivot_table(index="task", columns="method", values="p")
     gap = level["few_shot"] - level["shuffled"]
-    shares = {task: mean.loc[others[task].idxmax(), task] / gap[task] for task in mean if gap[task] > least}
-    if len(mean.columns) < 2 or not shares:
-        raise ClaimError("Experiment 21 has no two tasks of that model on which swapped answers cost anything.")
+    if len(gap) < 2 or not (gap > least).any():
+        raise ClaimError("Experiment 21 has no two tasks of that model, or none that swapped answers cost anything.")
+    others = {task: mean.drop(columns=task).mean(axis=1).idxmax() for task in mean}
+    shares = {task: mean.loc[others[task], task] / gap[task] for task in mean if gap[task] > least}
     return pd.Series(shares).rename_axis("task")
 
 
 def headed(book: Book, method: str, on: str = "test", which: str = "best", k: int | None = None) -> pd.DataFrame:
-    """Return rows of experiment 21: of vectors and heads by their number (None: the larger), of prompts as they are."""
+    """Return rows of experiment 21: of vectors and heads of a number of heads, of prompts as they are.
+
+    ``k``: None takes, for every task, the number that validates best.
+    """
     found = rows(book.table("21_function_vectors"), method=method, on=on)
     if method in ("zero_shot", "few_shot"):
         return rows(found, which="none")
     found = rows(found, which=which)
-    if method != "centred_best_scale":
-        found = rows(found, k=book.many_heads if k is None else k)
+    found = _validated(found) if k is None else rows(found, k=k)
     if found.empty:
         raise ClaimError(f"Experiment 21 has no such {method}.")
     return found
 
 
 def in_sentences(book: Book, method: str) -> pd.Series:
-    """Return the mean loss of a task over sentences without an arrow."""
+    """Return the mean loss of a task over sentences without an arrow, with the heads that validate best there."""
     found = book.table("21_function_vectors")
     found = rows(found[found["on"].str.startswith("text_")], method=method, which="best")
-    found = found if method == "centred_best_scale" else rows(found, k=book.many_heads)
-    return found.groupby("task")["loss"].mean()
+    return _validated(found).groupby("task")["loss"].mean()
+
+
+def _validated(found: pd.DataFrame) -> pd.DataFrame:
+    """Return, for every task, the rows of the lowest validation loss; those of all draws where there are several."""
+    least = found.groupby(["task", "seed"])["validation_loss"].transform("min")
+    return found[found["validation_loss"].eq(least)]
 
 
 def moved(
