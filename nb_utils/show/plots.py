@@ -404,6 +404,20 @@ def _heat_map(ax: Axes, grid: pd.DataFrame, cmap: str, norm: Normalize, form=Non
     return [(n, ax.text(j, i, form(n), ha="center", va="center", fontsize=8)) for i, j, n in cells]
 
 
+def head_map(frame: pd.DataFrame, value: str = "effect", ax: Axes | None = None, bound: float | None = None) -> Axes:
+    """Draw a number of every head, heads by blocks: red above zero, blue below.
+
+    ``frame``: columns layer, head and ``value``, one row a head. ``bound``: the end of the scale, so that several maps
+    share one (None: the largest number).
+    """
+    ax = ax or plt.subplots(figsize=(7.2, 2.2))[1]
+    grid = frame.pivot(index="head", columns="layer", values=value)
+    bound = bound or max(np.nanmax(np.abs(grid.to_numpy(float))), 1e-9)
+    _heat_map(ax, grid, "RdBu_r", TwoSlopeNorm(0, -bound, bound))
+    ax.set(xlabel="block", ylabel="head")
+    return ax
+
+
 def steering_heatmaps(raw: pd.DataFrame, gain: pd.DataFrame, in_raw: pd.DataFrame, in_clean: pd.DataFrame) -> Figure:
     """Draw features x tasks twice, one above the other: relative loss change, clipped at 1, and normalised gain.
 
