@@ -91,7 +91,7 @@ def data_sha256(parameters: Mapping[str, object]) -> dict[str, str]:
     And that of the parameter ``text``, below ``data``, if there is one.
     """
     named = [parameters["task"]] if "task" in parameters else parameters.get("tasks", [])
-    found = {path.name if kind == "word" else f"sentences of {path.name}": path
+    found = {f"sentences of {path.name}" if kind == "sentence" else path.name: path
              for task in named for kind, path in tasks.files(str(task)).items()}  # fmt: skip
     if "text" in parameters:
         found[str(parameters["text"])] = tasks.DATA / str(parameters["text"])
