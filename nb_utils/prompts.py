@@ -138,6 +138,15 @@ def few_shot(tokenizer, pool, queries, n_shots: int, seed: int, template: Templa
     return prompts
 
 
+def plain(tokenizer, texts) -> list[Prompt]:
+    """Return one prompt per text, without a separator: all of it is the answer but the first token, BOS or the text's.
+
+    Raises TaskError as `encode` does.
+    """
+    read = [tuple(_read(tokenizer, text)[0]) for text in texts]
+    return [Prompt(ids, (), (), ids[1:], (ids[1:],)) for ids in read]
+
+
 def token_types(prompt: Prompt) -> list[str | None]:
     """Say of every token what it belongs to: "input", "arrow", "output" or "newline"; None where to no pair shown.
 
