@@ -44,7 +44,8 @@ DTYPES = {
     "latent": "int32", "before": "float32", "after": "float32",
     "density": "float32", "largest": "float32",
 }  # fmt: skip
-NAMES = ("task", "target", "tested", "method", "mode", "kind", "on", "which", "template", "role", "language")
+NAMES = ("task", "target", "tested", "method", "mode", "kind", "on", "which", "template", "role", "language", "place",
+         "vector")  # fmt: skip
 # Columns of a stem that hold a list of records, some of them empty: what is in them cannot be told from the first rows.
 _LOGITS = pa.list_(pa.struct({"token": pa.string(), "logit": pa.float32()}))
 _EXAMPLE = {
