@@ -175,11 +175,13 @@ class Site:
         return torch.cuda.mem_get_info(self.model.device)[0] + held  # the second: torch's, for no tensor yet
 
     def hidden(
-        self, vectors: Float[Tensor, "n d_model"], layer: int, mode: str = "add"
+        self, vectors: Float[Tensor, "n *batch d_model"], layer: int, mode: str = "add"
     ) -> Float[Tensor, "n n_labels d_model"]:
         """Return what the unembedding reads at every answer position, with each vector applied after block ``layer``.
 
-        ``mode``: "add" to the residual stream at the steered position, or "replace" it. Differentiable in ``vectors``.
+        ``vectors``: [n, d_model], each for all prompts, or [n, batch, d_model], one a prompt; here and wherever else
+        vectors are taken, but for `captured`. ``mode``: "add" to the residual stream at the steered position, or
+        "replace" it. Differentiable in ``vectors``. Raises ValueError where there is not one vector a prompt.
         """
         return self.read_by(self._run(vectors, layer, mode))
 
@@ -189,7 +191,7 @@ class Site:
 
     @torch.no_grad()
     def read(
-        self, vectors: Float[Tensor, "n d_model"], layer: int, at: int, mode: str = "add"
+        self, vectors: Float[Tensor, "n *batch d_model"], layer: int, at: int, mode: str = "add"
     ) -> Float[Tensor, "n batch d_model"]:
         """Return the residual stream at the steered position after block ``at``; vectors apply after ``layer``."""
         if at < layer:
@@ -201,8 +203,11 @@ class Site:
         if mode not in ("add", "replace"):
             raise ValueError(f"mode is 'add' or 'replace', not {mode!r}.")
         base = self.residual[layer]
-        n = len(vectors)
-        v = vectors.to(base)[:, None, :].expand(n, len(base), -1)
+        n, batch = len(vectors), len(base)
+        if vectors.ndim == 3 and vectors.shape[1] != batch:
+            raise ValueError(f"{vectors.shape[1]} vectors, one a prompt, do not fit {batch} prompts.")
+        v = vectors.to(base)
+        v = v if v.ndim == 3 else v[:, None].expand(n, batch, -1)
         if self.steers == "everywhere":
             stream = base + v[:, :, None] if mode == "add" else v[:, :, None].expand(-1, -1, base.shape[1], -1)
             return self.replay(stream, layer + 1, end)
@@ -320,14 +325,19 @@ class Site:
 
     @torch.no_grad()
     def evaluate(
-        self, vectors: Float[Tensor, "n d_model"], layer: int, mode: str = "add",
+        self, vectors: Float[Tensor, "n *batch d_model"], layer: int, mode: str = "add",
         reference: Float[Tensor, "batch vocab"] | None = None,
     ) -> Scores:
         """Score every vector on every prompt over the whole vocabulary, in chunks that respect `budget`.
 
         ``reference``: log-probabilities of the first answer token to which ``Scores.kl`` refers.
         """
-        return self.scored(lambda site, part, owners: site.hidden(vectors[part], layer, mode), len(vectors), reference)
+
+        def change(site, part, owners):
+            some = vectors[part] if vectors.ndim == 2 or site is self else vectors[part][:, owners]
+            return site.hidden(some, layer, mode)
+
+        return self.scored(change, len(vectors), reference)
 
     @torch.no_grad()
     def scored(self, change: Change, n: int, reference: Float[Tensor, "batch vocab"] | None = None) -> Scores:

@@ -145,7 +145,7 @@ class Patch:
         return len(self.where)
 
     def whole(self) -> tuple[Tensor, Tensor]:
-        """Return values [n, batch, layers, heads, d_head] and where without the last; 1 for n or batch if all are alike."""
+        """Return values [n, batch, layers, heads, d_head] and where [n, batch, layers, heads], 1 long where alike."""
         values, where = self.values, self.where
         values = values[None, None] if values.ndim == 3 else values[:, None] if values.ndim == 4 else values
         return values, where[:, None] if where.ndim == 3 else where

@@ -85,6 +85,60 @@ def equals_a_hooked_pass(model, mode, layer, at):
     torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["add", "replace"])
+@pytest.mark.parametrize("at", ["separator", "output"])
+def test_one_vector_a_prompt_equals_each_prompt_alone_with_its_own(brief, mode, at, monkeypatch):
+    """Also in chunks; an answer that is right is run one token further, with the vector of its prompt."""
+    batch = prompts.few_shot(brief.tokenizer, pairs(), pairs(4), n_shots=2, seed=0)
+    vectors = 9 * torch.randn(24, 4, brief.d_model, generator=torch.Generator().manual_seed(1))
+    said = engine.Site.prepare(brief, batch, at=at).log_probs(vectors, 2, mode).argmax(-1)
+    for i in (0, 2):  # what the first vectors make the model say is right, and so is something else
+        answer, *more = ((int(token),) for token in said[:, i].unique_consecutive())
+        ids = batch[i].ids[: len(batch[i].ids) - len(batch[i].answer)] + answer
+        batch[i] = dataclasses.replace(batch[i], ids=ids, answer=answer, accepted=(answer, *more[:2]))
+    site = engine.Site.prepare(brief, batch, at=at)
+    scores, read = site.evaluate(vectors, 2, mode), site.read(vectors, 2, 4, mode)
+    assert scores.accepted[0, [0, 2]].all() and 0 < scores.exact.mean() < 1
+    alone = [engine.Site.prepare(brief, [prompt], at=at) for prompt in batch]
+    for i, one in enumerate(alone):
+        expected = one.evaluate(vectors[:, i], 2, mode)
+        n = expected.nll.shape[-1]
+        torch.testing.assert_close(scores.nll[:, i, :n], expected.nll[:, 0], atol=1e-4, rtol=1e-5)
+        assert torch.equal(scores.hit[:, i, :n], expected.hit[:, 0]) and scores.nll[:, i, n:].isnan().all()
+        assert torch.equal(scores.accepted[:, i], expected.accepted[:, 0])
+        assert torch.equal(scores.exact[:, i], expected.exact[:, 0])
+        torch.testing.assert_close(read[:, i], one.read(vectors[:, i], 2, 4, mode)[:, 0], atol=1e-4, rtol=1e-5)
+    monkeypatch.setattr(engine, "BYTE_BUDGET", 1)
+    again = site.evaluate(vectors, 2, mode)
+    torch.testing.assert_close(again.nll, scores.nll, atol=1e-5, rtol=0, equal_nan=True)
+    assert torch.equal(again.exact, scores.exact)
+
+
+def test_the_gradient_of_one_vector_a_prompt_is_that_of_each_prompt_alone(tiny):
+    batch = prompts.zero_shot(tiny.tokenizer, pairs(3))
+    ours = torch.randn(2, 3, tiny.d_model, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    engine.Site.prepare(tiny, batch).loss(ours, 1, "replace").sum().backward()
+    theirs = ours.detach().clone().requires_grad_()
+    alone = [engine.Site.prepare(tiny, [p]).loss(theirs[:, i], 1, "replace").sum() for i, p in enumerate(batch)]
+    sum(alone).div(3).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_the_same_vector_for_every_prompt_is_one_vector_for_all(tiny):
+    site = engine.Site.prepare(tiny, prompts.zero_shot(tiny.tokenizer, pairs()))
+    vectors = torch.randn(2, tiny.d_model, generator=torch.Generator().manual_seed(1))
+    each = vectors[:, None].expand(2, 6, tiny.d_model)
+    assert torch.equal(site.evaluate(each, 2).nll.nan_to_num(), site.evaluate(vectors, 2).nll.nan_to_num())
+    with pytest.raises(ValueError, match="5 vectors, one a prompt, do not fit 6 prompts"):
+        site.evaluate(each[:, :5], 2)
+
+
+def test_replacing_by_the_own_residuals_all_at_once_is_the_identity(tiny):
+    site = engine.Site.prepare(tiny, prompts.few_shot(tiny.tokenizer, pairs(), pairs(), n_shots=2, seed=0))
+    own = site.evaluate(site.at(2)[None], 2, "replace").nll
+    torch.testing.assert_close(own, site.unsteered().nll, atol=1e-4, rtol=0, equal_nan=True)
+
+
 def test_adding_zero_is_the_identity(tiny):
     batch = prompts.zero_shot(tiny.tokenizer, pairs())
     site = engine.Site.prepare(tiny, batch)

@@ -112,10 +112,10 @@ def test_experiments_go_by_number_or_part_and_bring_along_those_that_they_read(p
         0, ["02_cleanup · antonyms", "08_side_effects · antonyms"])  # fmt: skip
     post = [f"{stem} · antonyms" for stem in STEMS[:5] if stem != "02_cleanup"]
     assert make(project, "experiments=post", tasks="antonyms")[::2] == (0, post)
+    numbers = [str(int(stem[:2])) for stem in STEMS]
     code, said, started = make(project, "experiments=6,10", tasks="antonyms")
     assert code != 0 and not started and "Traceback" not in said
-    numbers = ", ".join(str(int(stem[:2])) for stem in STEMS)
-    assert f"Nothing was run. There is no experiment '10': EXPERIMENTS takes some of {numbers} with commas" in said
+    assert f"Nothing was run. There is no experiment '10': EXPERIMENTS takes {', '.join(numbers)} with commas" in said
 
 
 def test_an_experiment_with_tasks_of_its_own_runs_on_these_and_leaves_the_others_alone(project):

@@ -89,9 +89,10 @@ def versions() -> dict[str, str]:
 def data_sha256(parameters: Mapping[str, object]) -> dict[str, str]:
     """Hash the files of the tasks that the parameters ``task`` or ``tasks`` name, words and sentences alike.
 
-    And that of the parameter ``text``, below ``data``, if there is one.
+    And those of the list ``rivals``, and that of the parameter ``text``, below ``data``, if there are such.
     """
     named = [parameters["task"]] if "task" in parameters else parameters.get("tasks", [])
+    named = [*named, *parameters.get("rivals", [])]
     found = {f"sentences of {path.name}" if kind == "sentence" else path.name: path
              for task in named for kind, path in tasks.files(str(task)).items()}  # fmt: skip
     if "text" in parameters:

@@ -50,10 +50,19 @@ COLORS = {
     "random_matched": "#A05A2C",
     "random_active": "#CC9F7B",
     "shuffled_labels": "#7A6F5D",
-    "icv": "#117733",
+    "theta": "#117733",
+    "theta_mean": "#0B4F6C",
+    "theta_shuffled": "#B0A17A",
+    "theta_own": "#9AA5B1",
+    "zero_mean": "#5C6B73",
+    "decoder_bias": "#C9B8A8",
+    "swap": "#AA4499",
+    "swap_codes": "#DDAADD",
+    "prune_swap": "#B33A1E",
+    "icv": "#1B7F4F",
     "mean_difference": "#999933",
-    "prune_difference": "#AA4499",
-    "contrast_difference": "#DDAADD",
+    "prune_difference": "#8E3B86",
+    "contrast_difference": "#C9A0DC",
     "fv_centred": "#4477AA",
 }
 MARKERS = {
@@ -74,6 +83,15 @@ MARKERS = {
     "random_matched": "X",
     "random_active": "<",
     "shuffled_labels": ">",
+    "theta": "p",
+    "theta_mean": "H",
+    "theta_shuffled": "p",
+    "theta_own": "*",
+    "zero_mean": "d",
+    "decoder_bias": "8",
+    "swap": "H",
+    "swap_codes": "h",
+    "prune_swap": "*",
     "icv": "D",
     "mean_difference": "^",
     "prune_difference": "v",
@@ -104,6 +122,15 @@ LABELS = {
     "random_matched": "random, same density",
     "random_active": "random, active on arrows",
     "shuffled_labels": "shuffled answers",
+    "theta": "theta",
+    "theta_mean": "mean theta",
+    "theta_shuffled": "theta, shuffled answers",
+    "theta_own": "mean theta of the examples' task",
+    "zero_mean": "mean zero-shot separator",
+    "decoder_bias": "decoder bias",
+    "swap": "swap, added",
+    "swap_codes": "swap in features",
+    "prune_swap": "swap, pruned",
     "icv": "in-context vector",
     "mean_difference": "mean difference",
     "prune_difference": "pruned difference",
@@ -435,6 +462,20 @@ def _heat_map(ax: Axes, grid: pd.DataFrame, cmap: str, norm: Normalize, form=Non
     ax.grid(False)
     ax.spines[:].set_visible(False)
     return [(n, ax.text(j, i, form(n), ha="center", va="center", fontsize=8)) for i, j, n in cells]
+
+
+def head_map(frame: pd.DataFrame, value: str = "effect", ax: Axes | None = None, bound: float | None = None) -> Axes:
+    """Draw a number of every head, heads by blocks: red above zero, blue below.
+
+    ``frame``: columns layer, head and ``value``, one row a head. ``bound``: the end of the scale, so that several maps
+    share one (None: the largest number).
+    """
+    ax = ax or plt.subplots(figsize=(7.2, 2.2))[1]
+    grid = frame.pivot(index="head", columns="layer", values=value)
+    bound = bound or max(np.nanmax(np.abs(grid.to_numpy(float))), 1e-9)
+    _heat_map(ax, grid, "RdBu_r", TwoSlopeNorm(0, -bound, bound))
+    ax.set(xlabel="block", ylabel="head")
+    return ax
 
 
 def steering_heatmaps(raw: pd.DataFrame, gain: pd.DataFrame, in_raw: pd.DataFrame, in_clean: pd.DataFrame) -> Figure:
