@@ -11,7 +11,7 @@ What comes in may lie anywhere. Losses come out where their vectors lie; all els
 import os
 from collections import UserDict
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -25,6 +25,7 @@ from nb_utils.models import Model, ModelError
 from nb_utils.prompts import Prompt
 
 BYTE_BUDGET = int(os.environ.get("NB_BYTE_BUDGET") or 1 << 28)  # what one chunk of vectors may take on a CPU
+TOKENS = 64  # how many have all their logits at a time, in plain passes
 VOCABULARY_BLOCK = 2048  # logits computed at a time there: they stay in its cache until they are summed
 
 
@@ -92,23 +93,28 @@ class Site:
     rows: Int[Tensor, "2 n_labels"]  # (prompt, position) of every answer token to predict
     labels: Int[Tensor, " n_labels"]
     place: Int[Tensor, " n_labels"]  # index of that token within its answer
-    steers: str  # which token: "separator" or "output"
+    steers: str  # which token: "separator", "output" or "everywhere"
 
     @classmethod
     @torch.no_grad()
     def prepare(cls, model: Model, prompts, at="separator", answer_tokens: int | None = None) -> "Site":
         """Run ``prompts`` once without steering and keep what no vector can change.
 
-        ``at``: "separator" steers the query's separator, "output" the last token of the last shot's y.
+        ``at``: "separator" steers the query's separator, "output" the last token of the last shot's y, "everywhere" all
+        tokens but the first, a sink of attention that no vector should meet.
         ``answer_tokens``: how many tokens of each answer to predict (None: all).
-        Raises ValueError for an empty set, a steered position with nothing before it, or a prompt that is too long.
+        Raises ValueError for an empty set, a steered position with nothing before it or behind what predicts the
+        answer, or a prompt that is too long.
         """
         if not prompts:
             raise ValueError("A site needs at least one prompt.")
         _fit(model, prompts)
-        positions = [p.separators[-1] if at == "separator" else p.outputs[-1] for p in prompts]
+        first = {"separator": lambda p: p.separators[-1], "output": lambda p: p.outputs[-1], "everywhere": lambda _: 1}
+        positions = [first[at](p) for p in prompts]
         if min(positions) < 1:
             raise ValueError("A steered position needs at least one token before it.")
+        if any(len(p.ids) - len(p.answer) - 1 < here for p, here in zip(prompts, positions, strict=True)):
+            raise ValueError("An answer begins after the first steered position: what predicts it cannot lie before.")
         lengths = [len(p.ids) - len(p.answer) + min(len(p.answer), answer_tokens or 99) - 1 for p in prompts]
         before, after = max(positions), max(n - at for n, at in zip(lengths, positions, strict=True))
         device = model.device
@@ -202,6 +208,9 @@ class Site:
             raise ValueError(f"{vectors.shape[1]} vectors, one a prompt, do not fit {batch} prompts.")
         v = vectors.to(base)
         v = v if v.ndim == 3 else v[:, None].expand(n, batch, -1)
+        if self.steers == "everywhere":
+            stream = base + v[:, :, None] if mode == "add" else v[:, :, None].expand(-1, -1, base.shape[1], -1)
+            return self.replay(stream, layer + 1, end)
         first = base[:, 0] + v if mode == "add" else v
         return self.replay(torch.cat([first[:, :, None], base[:, 1:].expand(n, -1, -1, -1)], dim=2), layer + 1, end)
 
@@ -528,6 +537,79 @@ def residuals(model: Model, prompts, positions, layers, batch: int = 16) -> dict
                 hooks.enter_context(layout.hooked(layer, partial(keep, layer=layer)))
             layout.core(ids, use_cache=False)
     return {layer: torch.cat(parts) for layer, parts in kept.items()}
+
+
+# Every block at every token: nothing can be computed once, so these are plain passes
+
+
+@contextmanager
+def steered(model: Model, vectors: Float[Tensor, "n_layers d_model"], place: str = "ff", scale: float = 0.1,
+            how: str = "turn"):  # fmt: skip
+    """Steer every block at every token, in all passes of the model while the context lasts: in-context vectors.
+
+    ``vectors``: one a block; a block whose vector is zero is left alone. ``place``: what is steered of a block (see
+    `Layout.part`): "mlp" in the code of Liu et al. (2023), which means "ff", and "resid" in their text.
+    ``how``: "turn" as they do, at kept length, by ``scale`` (1 + max(0, -cos)) of the vector's direction; or "add"
+    ``scale`` times the vector to all tokens but the first, a sink of attention whose length is unlike all others.
+    A scale of 0 changes nothing. Raises ValueError for another ``how``.
+    """
+    if how not in ("turn", "add"):
+        raise ValueError(f"how is 'turn' or 'add', not {how!r}.")
+    with ExitStack() as hooks:
+        for layer, vector in enumerate(vectors.to(model.device)):
+            if scale and vector.any():
+                change = partial(_turned if how == "turn" else _added, vector=vector, scale=scale)
+                hooks.enter_context(model.layout.hooked(layer, change, place))
+        yield
+
+
+def _turned(out: Tensor, vector: Tensor, scale: float) -> Tensor:
+    unit, direction = (torch.nn.functional.normalize(each.float(), dim=-1) for each in (out, vector))
+    against = (-unit @ direction).clamp_min(0)[..., None]
+    moved = torch.nn.functional.normalize(unit + scale * (1 + against) * direction, dim=-1)
+    return (moved * out.float().norm(dim=-1, keepdim=True)).to(out.dtype)
+
+
+def _added(out: Tensor, vector: Tensor, scale: float) -> Tensor:
+    return torch.cat([out[:, :1], out[:, 1:] + (scale * vector).to(out.dtype)], dim=1)
+
+
+@torch.no_grad()
+def token_nll(model: Model, prompts, batch: int = 16) -> list[Float[Tensor, " answer"]]:
+    """Return the negative log-likelihood (nats) of every answer token of every prompt, in plain passes.
+
+    Raises ValueError for a prompt that is too long for the model.
+    """
+    hidden = _read_states(model, prompts, batch)
+    labels = torch.tensor([token for prompt in prompts for token in prompt.answer], device=hidden.device)
+    parts = []
+    for states, wanted in zip(hidden.split(TOKENS), labels.split(TOKENS), strict=True):
+        logits = model.layout.logits(states)
+        parts.append((logits.logsumexp(-1) - logits.gather(-1, wanted[:, None])[:, 0]).cpu())
+    return list(torch.cat(parts).split([len(prompt.answer) for prompt in prompts]))
+
+
+@torch.no_grad()
+def token_log_probs(model: Model, prompts, batch: int = 16) -> Float[Tensor, "n_labels vocab"]:
+    """Return the log-probabilities of all tokens where each answer token of the prompts is predicted, in plain passes.
+
+    Raises ValueError for a prompt that is too long for the model.
+    """
+    parts = _read_states(model, prompts, batch).split(TOKENS)
+    return torch.cat([model.layout.logits(states).log_softmax(-1).cpu() for states in parts])
+
+
+def _read_states(model: Model, prompts, batch: int) -> Float[Tensor, "n_labels d_model"]:
+    """Return what the unembedding reads where each answer token of the prompts is predicted."""
+    _fit(model, prompts)
+    found = []
+    for start in range(0, len(prompts), batch):
+        part = prompts[start : start + batch]
+        # Padding stands on the right, where a causal model cannot see it.
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(p.ids) for p in part], batch_first=True).to(model.device)
+        states = model.layout.core(ids, use_cache=False).last_hidden_state
+        found += [row[len(p.ids) - len(p.answer) - 1 : len(p.ids) - 1] for row, p in zip(states, part, strict=True)]
+    return _single(torch.cat(found))
 
 
 class _Enough(Exception):

@@ -16,6 +16,9 @@ from torch import Tensor
 NORMS = (
     "norm", "ln_f", "final_layer_norm", "final_layernorm", "layer_norm", "norm_f", "final_norm", "embedding_norm",
 )  # fmt: skip
+# What computes a block's MLP, and the norm that its output passes before it is added to the stream, where there is one.
+MLPS = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")
+AFTER_MLP = ("post_feedforward_layernorm", "post_mlp_layernorm")
 ATTENTION = ("self_attn", "self_attention", "attention", "attn")  # what a block calls its attention
 OUTPUT = ("o_proj", "out_proj", "dense", "c_proj", "wo")  # and that its output projection, which mixes the heads
 # What a block calls a norm between attention and the stream, and that after the MLP, which only such blocks have:
@@ -137,19 +140,35 @@ class Layout:
             logits = logits * self.scale
         return logits if not self.cap else torch.tanh(logits / self.cap) * self.cap
 
+    def part(self, layer: int, place: str) -> torch.nn.Module:
+        """Return the module whose output is at a place of a block.
+
+        ``place``: "resid", the stream after the block; "mlp", the output of its MLP; "ff", what that adds to the
+        stream, behind the norm that some families put there. Raises LayoutError if the block has no MLP where we look
+        for one.
+        """
+        block = self.blocks[layer]
+        if place == "resid":
+            return block
+        names = {"mlp": MLPS, "ff": (*AFTER_MLP, *MLPS)}[place]
+        found = [getattr(block, name) for name in names if isinstance(getattr(block, name, None), torch.nn.Module)]
+        if not found:
+            raise LayoutError("has no MLP where we look for one")
+        return found[0]
+
     @contextmanager
-    def hooked(self, layer: int, see):
-        """Call ``see`` with the residual stream after a block in every pass; what it returns takes its place.
+    def hooked(self, layer: int, see, place: str = "resid"):
+        """Call ``see`` with what is at a place of a block (see `part`) in every pass; what it returns takes its place.
 
         Nothing changes where it returns None.
         """
 
-        def hook(block, args, out):
+        def hook(module, args, out):
             changed = see(stream(out))
             if changed is not None:
                 return (changed, *out[1:]) if isinstance(out, tuple) else changed
 
-        handle = self.blocks[layer].register_forward_hook(hook)
+        handle = self.part(layer, place).register_forward_hook(hook)
         try:
             yield
         finally:
@@ -166,7 +185,7 @@ def number(config, name: str) -> int | None:
 
 
 def stream(out) -> Float[Tensor, "... d_model"]:
-    """Return the residual stream from what a block returns."""
+    """Return the residual stream from what a block returns (or the output of a part of it, from what that returns)."""
     return out[0] if isinstance(out, tuple) else out
 
 

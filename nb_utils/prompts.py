@@ -144,6 +144,15 @@ def few_shot(
     return prompts
 
 
+def plain(tokenizer, texts) -> list[Prompt]:
+    """Return one prompt per text, without a separator: all of it is the answer but the first token, BOS or the text's.
+
+    Raises TaskError as `encode` does.
+    """
+    read = [tuple(_read(tokenizer, text)[0]) for text in texts]
+    return [Prompt(ids, (), (), ids[1:], (ids[1:],)) for ids in read]
+
+
 def shuffled(pairs, rng: random.Random) -> tuple[Pair, ...]:
     """Give every pair the answers of the next one in a random order: of two and more, none keeps its own."""
     order = rng.sample(range(len(pairs)), len(pairs))

@@ -412,3 +412,46 @@ def test_features_are_moved_by_shares_of_their_rise_and_shared_by_number(monkeyp
     assert neighbours.moved(book, "woken")["one"] == 0.4 and neighbours.moved(book, "silenced")["one"] == 0.9
     assert neighbours.moved(book, "woken", random=True)["one"] == 0.05
     assert neighbours.in_common(book, "a", "b")["one"] == 2
+def steered_by_hand():
+    """Return rows of experiment 22, the same for two behaviours and a task, some of which must not be taken."""
+    rows = [
+        dict(task=task, kind=kind, method=method, place=place, layer=layer, budget=budget, strength=0.1, seed=seed,
+             pairs=pairs, kl=kl, effect=effect, loss=loss, loss_y=loss, loss_x=1.0, validation_loss=judged)
+        for task, kind in (("one", "behaviour"), ("two", "behaviour"), ("three", "word"))
+        for method, place, layer, budget, seed, pairs, kl, effect, loss, judged in (
+            ("icv", "ff", -1, 0.1, 0, 100, 0.1, 0.2, 2.0, 3.0), ("icv", "ff", -1, 0.3, 0, 100, 0.3, 0.5, 1.5, 2.0),
+            ("icv", "mlp", -1, 0.3, 0, 100, 0.3, 0.9, 1.2, 2.5), ("icv", "ff", -1, 0.3, 1, 100, 0.3, 0.7, 1.7, 9.0),
+            ("icv", "ff", -1, 1.0, 0, 100, 1.0, 3.0, 0.5, 1.0), ("icv", "ff", -1, 0.3, 0, 5, 0.3, 9.0, 0.1, 0.1),
+            ("icv", "mlp", -1, np.nan, 0, 100, 2.3, 0.1, np.nan, np.nan),
+            ("fv_centred", "block", 6, 0.3, 0, np.nan, 0.3, -0.1, 1.9, 2.2),
+            ("fv_centred", "block", 10, 0.3, 0, np.nan, 0.3, -0.3, 1.8, 2.3),
+            ("fv_centred", "arrow", 6, np.nan, 0, np.nan, np.nan, np.nan, 1.4, 2.1),
+        )
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_a_vector_of_every_token_stands_where_it_validates_best_of_what_it_may_cost(monkeypatch):
+    largest = ((6, "mean_difference", (1, 2, 3)), (10, "centred", (1, 2, 3)), (10, "mean_difference", (3, 4)),
+               (10, "matched_random", (1, 2)))  # fmt: skip
+    codes = pd.DataFrame([dict(task="one", layer=layer, vector=vector, latent=latent)
+                          for layer, vector, some in largest for latent in some])  # fmt: skip
+    lengths = pd.DataFrame([dict(task="one", pairs=pairs, off_mean=off) for pairs, off in ((5, 0.1), (100, 1e-7))])
+    stem = "22_in_context_vectors"
+    found = {stem: steered_by_hand(), f"{stem}_features": codes, f"{stem}_component": lengths}
+    monkeypatch.setattr(Book, "read", lambda self, stem: found[stem])
+    number = {name: claims.NUMBERS[name](Book()) for name in (
+        "icv_shifts_behaviour", "icv_beats_fv_at_equal_cost", "icv_beats_fv_on_behaviour", "icv_loses_on_tasks",
+        "icv_strength_does_not_travel", "icv_is_the_mean", "icv_shares_no_features", "icv_shares_as_many_as_chance",
+    )}  # fmt: skip
+    mean = {name: round(found.mean, 9) for name, found in number.items()}
+    assert mean == {
+        "icv_shifts_behaviour": 0.6,  # both seeds of the place and cost that the first one chose
+        "icv_beats_fv_at_equal_cost": 0.7, "icv_beats_fv_on_behaviour": -0.2,  # 1.4 at the arrow less 1.5 and 1.7
+        "icv_loses_on_tasks": -0.9,  # the cost has no bound there: .5 less 1.4
+        "icv_strength_does_not_travel": 2.3, "icv_is_the_mean": 1e-7, "icv_shares_no_features": 1.0,
+        "icv_shares_as_many_as_chance": -1.0,
+    }  # fmt: skip
+    assert number["icv_shifts_behaviour"].tasks == 2 and number["icv_loses_on_tasks"].tasks == 1
+    with pytest.raises(ClaimError, match="no prune_difference vectors of kind behaviour"):
+        claims.NUMBERS["twenty_features_shift"](Book())

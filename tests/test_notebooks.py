@@ -28,6 +28,7 @@ SIZES = {
     "repeat_layers": "3", "longer": "8", "first_cuts": "12", "often": 12,
     "n_dev": 6, "n_rivals": 1, "sae_layers": "2,3", "swap_sizes": "4,2", "n_mean": 6, "n_effect": 6,
     "mean_rates": "1,2", "refit_rates": "0.05,0.1", "dense_rates": "0.02,0.05",
+    "tries": 1, "budgets": "0.3", "strengths": "0.01,0.1", "n_pairs": "8,3", "n_heads": 3, "arrow_scales": "0.5,1",
 }  # fmt: skip
 # Prose is held to paths too: this finds folders at the root of a disk and ~/, not a fraction or a route.
 ABSOLUTE = re.compile(r"(?<![\w.:/])/(?:home|root|Users|tmp|work|mnt|data|opt|var)/|[A-Z]:\\\\|(?<!\w)~/")

@@ -267,3 +267,9 @@ def test_rows_of_text_begin_as_prompts_do(single, start):
     assert list(prompt.ids[: len(start)]) == start
     begun = prompts.begin(tokenizer, rows.copy())
     assert (begun[:, : len(start)] == start).all() and (begun[:, len(start) :] == rows[:, len(start) :]).all()
+
+
+def test_all_of_a_plain_text_is_its_answer_but_the_token_that_nothing_precedes(tokenizer):
+    (whole,) = prompts.plain(tokenizer, ["Open thy doors, O Lebanon"])
+    assert whole.ids[1:] == whole.answer and not whole.separators and not whole.outputs
+    assert text_of(tokenizer, whole.ids) == "Open thy doors, O Lebanon"

@@ -194,6 +194,7 @@ def test_the_pairs_of_a_task_are_part_of_its_provenance(tmp_path):
     assert set(tables.provenance({"tasks": ["antonyms", "en_es"]}, "aa", {})["data_sha256"]) == {
         "antonyms.json", "en_es.json", "sentences of en_es.json",
     }  # fmt: skip
+    assert set(tables.data_sha256({"task": "register"})) == {"register.json"}  # a behaviour
     assert set(tables.data_sha256({"text": "text/neutral.json"})) == {"text/neutral.json"}
 
 

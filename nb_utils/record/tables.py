@@ -44,7 +44,8 @@ DTYPES = {
     "latent": "int32", "before": "float32", "after": "float32",
     "density": "float32", "largest": "float32",
 }  # fmt: skip
-NAMES = ("task", "target", "tested", "method", "mode", "kind", "on", "which", "template", "role", "language")
+NAMES = ("task", "target", "tested", "method", "mode", "kind", "on", "which", "template", "role", "language", "place",
+         "vector")  # fmt: skip
 # Columns of a stem that hold a list of records, some of them empty: what is in them cannot be told from the first rows.
 _LOGITS = pa.list_(pa.struct({"token": pa.string(), "logit": pa.float32()}))
 _EXAMPLE = {
@@ -92,7 +93,7 @@ def data_sha256(parameters: Mapping[str, object]) -> dict[str, str]:
     """
     named = [parameters["task"]] if "task" in parameters else parameters.get("tasks", [])
     named = [*named, *parameters.get("rivals", [])]
-    found = {path.name if kind == "word" else f"sentences of {path.name}": path
+    found = {f"sentences of {path.name}" if kind == "sentence" else path.name: path
              for task in named for kind, path in tasks.files(str(task)).items()}  # fmt: skip
     if "text" in parameters:
         found[str(parameters["text"])] = tasks.DATA / str(parameters["text"])

@@ -59,6 +59,11 @@ COLORS = {
     "swap": "#AA4499",
     "swap_codes": "#DDAADD",
     "prune_swap": "#B33A1E",
+    "icv": "#1B7F4F",
+    "mean_difference": "#999933",
+    "prune_difference": "#8E3B86",
+    "contrast_difference": "#C9A0DC",
+    "fv_centred": "#4477AA",
 }
 MARKERS = {
     "centred_best_scale": "s",
@@ -87,6 +92,11 @@ MARKERS = {
     "swap": "H",
     "swap_codes": "h",
     "prune_swap": "*",
+    "icv": "D",
+    "mean_difference": "^",
+    "prune_difference": "v",
+    "contrast_difference": "<",
+    "fv_centred": "P",
 }
 LABELS = {
     "zero_shot": "zero-shot",
@@ -121,7 +131,17 @@ LABELS = {
     "swap": "swap, added",
     "swap_codes": "swap in features",
     "prune_swap": "swap, pruned",
+    "icv": "in-context vector",
+    "mean_difference": "mean difference",
+    "prune_difference": "pruned difference",
+    "contrast_difference": "largest codes of it",
+    "fv_centred": "function vector",
 }
+# Where a vector of every token stands.
+PLACES = {
+    "ff": "behind the MLP's norm", "mlp": "MLP's output", "resid": "stream", "block": "one block", "arrow": "arrow",
+    "none": "no vector",
+}  # fmt: skip
 # How a prompt of each template reads, in one line.
 TEMPLATES = {
     "arrow": "x -> y", "colon": "x: y", "equals": "x = y", "question": "Q: x ⏎ A: y", "instruction": "line ⏎ x -> y",
@@ -389,6 +409,46 @@ def method_points(frame: pd.DataFrame, xlabel: str, ax: Axes | None = None) -> A
     ax.grid(axis="x")
     ax.grid(visible=False, axis="y")
     return ax
+
+
+def effect_by_cost(frame: pd.DataFrame, value: str, ax: Axes | None = None) -> Axes:
+    """Draw what steering every token does against what it costs in prose (log axis), a line a method, place and layer.
+
+    ``frame``: method, place, layer, kl (nats), effect, a row for each strength. Where a vector turns the MLP's output
+    or the stream its line is dashed or dotted. ``value``: what the effect is.
+    """
+    ax = ax or plt.subplots(figsize=(7.6, 4.6))[1]
+    styles, ends = {"mlp": STYLES["replace"], "resid": STYLES["none"]}, []
+    for (method, place, layer), line in frame.groupby(["method", "place", "layer"], sort=False):
+        line = line.sort_values("kl")
+        ax.plot(line["kl"], line["effect"], color=_color(method), ls=styles.get(place, "-"), **_marker(method))
+        where = f"block {layer}" if place == "block" else PLACES.get(place, place)
+        ends.append((line["kl"].iloc[-1], line["effect"].iloc[-1], f"{label(method)}, {where}", _color(method)))
+    ax.axhline(0, color=INK, lw=0.8, zorder=1)
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set(xlabel="cost: KL in ordinary prose (nats a token, log scale)", ylabel=value)
+    _label_ends(ax, ends)
+    return ax
+
+
+def strength_grids(frame: pd.DataFrame, shown: Mapping[str, str]) -> Figure:
+    """Draw one small heat map per column of ``shown`` ({column: its name}): places in rows, strengths in columns.
+
+    ``frame``: place, strength and these columns, averaged where rows repeat. Numbers stand in the cells.
+    """
+    fig, axes = plt.subplots(1, len(shown), figsize=(1.8 + 2.9 * len(shown), 2.3), sharey=True, squeeze=False)
+    for ax, (column, name) in zip(axes[0], shown.items(), strict=True):
+        grid = frame.pivot_table(index="place", columns="strength", values=column, sort=False).sort_index(axis=1)
+        bound = max(np.nanmax(np.abs(grid.to_numpy()), initial=0), 1e-3)
+        norm = TwoSlopeNorm(0, -bound, bound)
+        for number, written in _heat_map(ax, grid, "RdBu_r", norm, lambda n: f"{n:.2g}".replace("-", "−")):
+            written.set_color("white" if abs(number) > 0.62 * bound else INK)
+        ax.set_title(name, fontsize=9)
+        ax.set_yticks(range(len(grid)), [PLACES.get(place, place) for place in grid.index])
+    fig.supxlabel("strength λ", fontsize=9)
+    return fig
 
 
 def _heat_map(ax: Axes, grid: pd.DataFrame, cmap: str, norm: Normalize, form=None) -> list[tuple]:
