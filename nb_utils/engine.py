@@ -10,7 +10,8 @@ What comes in may lie anywhere. Losses come out where their vectors lie; all els
 
 import os
 from collections import UserDict
-from contextlib import ExitStack, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -20,12 +21,16 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nb_utils import layouts
-from nb_utils.models import Model
+from nb_utils.models import Model, ModelError
 from nb_utils.prompts import Prompt
 
 BYTE_BUDGET = int(os.environ.get("NB_BYTE_BUDGET") or 1 << 28)  # what one chunk of vectors may take on a CPU
+TOKENS = 64  # how many have all their logits at a time, in plain passes
 VOCABULARY_BLOCK = 2048  # logits computed at a time there: they stay in its cache until they are summed
 
+
+# What `Site.scored` is given: (site, which of the changes, whose prompts) -> what the unembedding reads.
+Change = Callable[["Site", Int[Tensor, " part"], Int[Tensor, " batch"]], Float[Tensor, "part n_labels d_model"]]
 
 _CACHE = object()  # stands for the cache among what the model passes to a block, whatever the block calls it
 
@@ -83,27 +88,33 @@ class Site:
     prompts: tuple[Prompt, ...]
     frozen: _Frozen
     given: tuple[tuple[tuple, dict], ...]  # what the model passes to each block for the suffix, beside the stream
+    entering: Float[Tensor, "batch suffix d_model"]  # what enters the first block
     residual: tuple[Float[Tensor, "batch suffix d_model"], ...]  # output of each block, unsteered
     rows: Int[Tensor, "2 n_labels"]  # (prompt, position) of every answer token to predict
     labels: Int[Tensor, " n_labels"]
     place: Int[Tensor, " n_labels"]  # index of that token within its answer
-    steers: str  # which token: "separator" or "output"
+    steers: str  # which token: "separator", "output" or "everywhere"
 
     @classmethod
     @torch.no_grad()
     def prepare(cls, model: Model, prompts, at="separator", answer_tokens: int | None = None) -> "Site":
         """Run ``prompts`` once without steering and keep what no vector can change.
 
-        ``at``: "separator" steers the query's separator, "output" the last token of the last shot's y.
+        ``at``: "separator" steers the query's separator, "output" the last token of the last shot's y, "everywhere" all
+        tokens but the first, a sink of attention that no vector should meet.
         ``answer_tokens``: how many tokens of each answer to predict (None: all).
-        Raises ValueError for an empty set, a steered position with nothing before it, or a prompt that is too long.
+        Raises ValueError for an empty set, a steered position with nothing before it or behind what predicts the
+        answer, or a prompt that is too long.
         """
         if not prompts:
             raise ValueError("A site needs at least one prompt.")
         _fit(model, prompts)
-        positions = [p.separators[-1] if at == "separator" else p.outputs[-1] for p in prompts]
+        first = {"separator": lambda p: p.separators[-1], "output": lambda p: p.outputs[-1], "everywhere": lambda _: 1}
+        positions = [first[at](p) for p in prompts]
         if min(positions) < 1:
             raise ValueError("A steered position needs at least one token before it.")
+        if any(len(p.ids) - len(p.answer) - 1 < here for p, here in zip(prompts, positions, strict=True)):
+            raise ValueError("An answer begins after the first steered position: what predicts it cannot lie before.")
         lengths = [len(p.ids) - len(p.answer) + min(len(p.answer), answer_tokens or 99) - 1 for p in prompts]
         before, after = max(positions), max(n - at for n, at in zip(lengths, positions, strict=True))
         device = model.device
@@ -130,9 +141,11 @@ class Site:
             **layout.positions(order[:, :before]),
         ).past_key_values
         frozen = _Frozen([(layer.keys, layer.values) for layer in cache.layers])
-        given, residual = [], []
+        given, residual, entering = [], [], []
 
         def listen(block, args, kwargs):
+            if not entering:
+                entering.append(args[0] if args else kwargs["hidden_states"])
             kwargs = {name: held(value) for name, value in kwargs.items() if name != "hidden_states"}
             given.append((tuple(held(value) for value in args[1:]), kwargs))
 
@@ -149,7 +162,7 @@ class Site:
             )
         as_tensor = lambda values: torch.tensor(values, device=device)  # noqa: E731
         targets = as_tensor(rows).T, as_tensor(labels), as_tensor(place)
-        return cls(model, tuple(prompts), frozen, tuple(given), tuple(residual), *targets, at)
+        return cls(model, tuple(prompts), frozen, tuple(given), entering[0], tuple(residual), *targets, at)
 
     @property
     def budget(self) -> int:
@@ -162,18 +175,23 @@ class Site:
         return torch.cuda.mem_get_info(self.model.device)[0] + held  # the second: torch's, for no tensor yet
 
     def hidden(
-        self, vectors: Float[Tensor, "n d_model"], layer: int, mode: str = "add"
+        self, vectors: Float[Tensor, "n *batch d_model"], layer: int, mode: str = "add"
     ) -> Float[Tensor, "n n_labels d_model"]:
         """Return what the unembedding reads at every answer position, with each vector applied after block ``layer``.
 
-        ``mode``: "add" to the residual stream at the steered position, or "replace" it. Differentiable in ``vectors``.
+        ``vectors``: [n, d_model], each for all prompts, or [n, batch, d_model], one a prompt; here and wherever else
+        vectors are taken, but for `captured`. ``mode``: "add" to the residual stream at the steered position, or
+        "replace" it. Differentiable in ``vectors``. Raises ValueError where there is not one vector a prompt.
         """
-        stream = self.model.layout.norm(self._run(vectors, layer, mode))
-        return stream[:, self.rows[0], self.rows[1]]
+        return self.read_by(self._run(vectors, layer, mode))
+
+    def read_by(self, streams: Float[Tensor, "n batch suffix d_model"]) -> Float[Tensor, "n n_labels d_model"]:
+        """Return what the unembedding reads at every answer position of streams that left the last block."""
+        return self.model.layout.norm(streams)[:, self.rows[0], self.rows[1]]
 
     @torch.no_grad()
     def read(
-        self, vectors: Float[Tensor, "n d_model"], layer: int, at: int, mode: str = "add"
+        self, vectors: Float[Tensor, "n *batch d_model"], layer: int, at: int, mode: str = "add"
     ) -> Float[Tensor, "n batch d_model"]:
         """Return the residual stream at the steered position after block ``at``; vectors apply after ``layer``."""
         if at < layer:
@@ -185,20 +203,31 @@ class Site:
         if mode not in ("add", "replace"):
             raise ValueError(f"mode is 'add' or 'replace', not {mode!r}.")
         base = self.residual[layer]
-        n, (batch, suffix, d_model) = len(vectors), base.shape
-        v = vectors.to(base)[:, None, :].expand(n, batch, d_model)
+        n, batch = len(vectors), len(base)
+        if vectors.ndim == 3 and vectors.shape[1] != batch:
+            raise ValueError(f"{vectors.shape[1]} vectors, one a prompt, do not fit {batch} prompts.")
+        v = vectors.to(base)
+        v = v if v.ndim == 3 else v[:, None].expand(n, batch, -1)
+        if self.steers == "everywhere":
+            stream = base + v[:, :, None] if mode == "add" else v[:, :, None].expand(-1, -1, base.shape[1], -1)
+            return self.replay(stream, layer + 1, end)
         first = base[:, 0] + v if mode == "add" else v
-        stream = torch.cat([first[:, :, None], base[:, 1:].expand(n, -1, -1, -1)], dim=2)
-        stream = stream.reshape(n * batch, suffix, d_model)
-        blocks, seen = self.model.layout.blocks[layer + 1 : end], {}
+        return self.replay(torch.cat([first[:, :, None], base[:, 1:].expand(n, -1, -1, -1)], dim=2), layer + 1, end)
+
+    def replay(
+        self, streams: Float[Tensor, "n batch suffix d_model"], first: int, end: int | None = None
+    ) -> Float[Tensor, "n batch suffix d_model"]:
+        """Run blocks ``first`` to ``end`` (not included; None: the last one too) on the suffix, for many streams."""
+        n, batch = streams.shape[:2]
+        stream, seen = streams.flatten(0, 1), {}
 
         def copied(value):
             return self.frozen if value is _CACHE else _copies(value, batch, n)
 
-        for block, given in zip(blocks, self.given[layer + 1 : end], strict=True):
+        for block, given in zip(self.model.layout.blocks[first:end], self.given[first:end], strict=True):
             args, kwargs = _changed(given, copied, seen)
             stream = layouts.stream(block(stream, *args, **kwargs))
-        return stream.view(n, batch, suffix, d_model)
+        return stream.view(streams.shape)
 
     def loss(self, vectors, layer: int, mode: str = "add", vocabulary=None) -> Float[Tensor, " n"]:
         """Return the mean over prompts of the summed NLL of the answer tokens kept; differentiable in ``vectors``.
@@ -218,11 +247,15 @@ class Site:
         return (self._nll(vectors, layer, mode, vocabulary).sum(-1) / len(self.prompts)).to(vectors.device)
 
     def _nll(self, vectors, layer, mode, vocabulary) -> Float[Tensor, "n n_labels"]:
-        hidden, layout = self.hidden(vectors, layer, mode), self.model.layout
+        return self.nll(self.hidden(vectors, layer, mode), vocabulary)
+
+    def nll(self, hidden: Float[Tensor, "n n_labels d_model"], vocabulary=None) -> Float[Tensor, "n n_labels"]:
+        """Return the NLL (nats) of every answer token from what the unembedding reads; differentiable."""
+        layout = self.model.layout
         rows, labels = (layout.unembedding(), self.labels) if vocabulary is None else (
             (vocabulary.weight, vocabulary.bias), vocabulary.index[self.labels])
         logits = layout.logits(hidden, *rows)
-        return logits.logsumexp(-1) - logits.gather(-1, labels.expand(len(vectors), -1)[..., None])[..., 0]
+        return logits.logsumexp(-1) - logits.gather(-1, labels.expand(len(hidden), -1)[..., None])[..., 0]
 
     def captured(self, n: int, layer: int, mode: str = "add", vocabulary=None, batch: int | None = None):
         """Return the loss of ``n`` vectors as a CUDA graph: a function of them and of the ``batch`` prompts to take.
@@ -292,22 +325,41 @@ class Site:
 
     @torch.no_grad()
     def evaluate(
-        self, vectors: Float[Tensor, "n d_model"], layer: int, mode: str = "add",
+        self, vectors: Float[Tensor, "n *batch d_model"], layer: int, mode: str = "add",
         reference: Float[Tensor, "batch vocab"] | None = None,
     ) -> Scores:
         """Score every vector on every prompt over the whole vocabulary, in chunks that respect `budget`.
 
         ``reference``: log-probabilities of the first answer token to which ``Scores.kl`` refers.
         """
-        chunks = vectors.split(self._chunk(1, 3 * VOCABULARY_BLOCK))
-        parts = [self._score(part, layer, mode, reference) for part in chunks]
+
+        def change(site, part, owners):
+            some = vectors[part] if vectors.ndim == 2 or site is self else vectors[part][:, owners]
+            return site.hidden(some, layer, mode)
+
+        return self.scored(change, len(vectors), reference)
+
+    @torch.no_grad()
+    def scored(self, change: Change, n: int, reference: Float[Tensor, "batch vocab"] | None = None) -> Scores:
+        """Score ``n`` changes of whatever kind as `evaluate` scores vectors.
+
+        ``change(site, part, owners)`` returns what the unembedding reads [len(part), n_labels, d_model] with some of
+        the changes on a site of the same prompts, longer ones perhaps, some of them left out; ``owners``: which prompt
+        of this site each of that one's is.
+        """
+        parts = [self._score(change, part, reference) for part in self.parts(n)]
         return Scores(*(torch.cat([getattr(part, name) for part in parts]) for name in Scores.__dataclass_fields__))
 
-    def _score(self, vectors, layer, mode, reference) -> Scores:
-        hidden = self.hidden(vectors, layer, mode)
+    def parts(self, n: int, blocks: int = 1, width: int = 3 * VOCABULARY_BLOCK) -> tuple[Int[Tensor, " part"], ...]:
+        """Cut ``n`` changes into parts that fit into the budget, each holding ``blocks`` and ``width`` logits a label.
+        """
+        return torch.arange(n).split(self._chunk(blocks, width))
+
+    def _score(self, change, part, reference) -> Scores:
+        hidden = change(self, part, torch.arange(len(self.prompts)))
         reference = None if reference is None else reference.to(hidden.device)
         nll, best, kl = (found.cpu() for found in self._read_out(hidden, reference))
-        shape = (len(vectors), len(self.prompts), int(self.place.max()) + 1)
+        shape = (len(part), len(self.prompts), int(self.place.max()) + 1)
         spots = (slice(None), self.rows[0].cpu(), self.place.cpu())
         padded, hit = torch.full(shape, float("nan")), torch.zeros(shape, dtype=torch.bool)
         padded[spots], hit[spots] = nll, best == self.labels.cpu()
@@ -317,10 +369,10 @@ class Site:
         accepted = torch.stack(
             [torch.isin(first[:, i], torch.tensor([a[0] for a in p.accepted])) for i, p in enumerate(self.prompts)], 1
         )
-        exact = self._exact(vectors, layer, mode, first, (hit | padded.isnan()).all(-1))
+        exact = self._exact(change, part, first, (hit | padded.isnan()).all(-1))
         return Scores(padded, hit, accepted, exact, kl)
 
-    def _exact(self, vectors, layer, mode, first, whole) -> Float[Tensor, "n batch"]:
+    def _exact(self, change, part, first, whole) -> Float[Tensor, "n batch"]:
         """Say where an answer that counts is given and the line ended, as `Scores` has it.
 
         ``first``: the token that is said first. ``whole``: whether all that is kept of the answer is said. The model
@@ -335,8 +387,8 @@ class Site:
         )
         if len(due := (given.any(0) & ~cut[owners]).nonzero()[:, 0]):
             site = self._ended.take(due)
-            parts = vectors.split(site._chunk(1, 3 * VOCABULARY_BLOCK))
-            said = torch.cat([site._read_out(site.hidden(part, layer, mode), None)[1].cpu() for part in parts])
+            parts = [part[some] for some in site.parts(len(part))]
+            said = torch.cat([site._read_out(change(site, one, owners[due]), None)[1].cpu() for one in parts])
             tokens, which = said.unique(return_inverse=True)
             given[:, due] &= torch.tensor([_ends_line(self.model, token) for token in tokens.tolist()])[which]
         exact = torch.zeros(whole.shape).index_add(1, owners, given.float()).clamp(max=1)
@@ -406,18 +458,16 @@ class Site:
         return self.model.layout.logits(_single(hidden)).log_softmax(-1).cpu()
 
     def take(self, order: Int[Tensor, " kept"]) -> "Site":
-        """Return the site of some of the prompts, without running the model."""
+        """Return the site of some of the prompts, one perhaps several times, without running the model."""
         order = order.to(self.rows.device)
-        new = torch.full((len(self.prompts),), -1, device=order.device)
-        new[order] = torch.arange(len(order), device=order.device)
-        here = new[self.rows[0]] >= 0
+        here, new = (self.rows[0, :, None] == order).nonzero(as_tuple=True)
         return replace(
             self,
             prompts=tuple(self.prompts[i] for i in order.tolist()),
             frozen=_Frozen([(keys[order], values[order]) for keys, values in self.frozen.layers]),
             given=_changed(self.given, lambda value: _rows(value, len(self.prompts), order), {}),
-            residual=tuple(stream[order] for stream in self.residual),
-            rows=torch.stack([new[self.rows[0, here]], self.rows[1, here]]),
+            entering=self.entering[order], residual=tuple(stream[order] for stream in self.residual),
+            rows=torch.stack([new, self.rows[1, here]]),
             labels=self.labels[here], place=self.place[here],
         )
 
@@ -489,6 +539,79 @@ def residuals(model: Model, prompts, positions, layers, batch: int = 16) -> dict
     return {layer: torch.cat(parts) for layer, parts in kept.items()}
 
 
+# Every block at every token: nothing can be computed once, so these are plain passes
+
+
+@contextmanager
+def steered(model: Model, vectors: Float[Tensor, "n_layers d_model"], place: str = "ff", scale: float = 0.1,
+            how: str = "turn"):  # fmt: skip
+    """Steer every block at every token, in all passes of the model while the context lasts: in-context vectors.
+
+    ``vectors``: one a block; a block whose vector is zero is left alone. ``place``: what is steered of a block (see
+    `Layout.part`): "mlp" in the code of Liu et al. (2023), which means "ff", and "resid" in their text.
+    ``how``: "turn" as they do, at kept length, by ``scale`` (1 + max(0, -cos)) of the vector's direction; or "add"
+    ``scale`` times the vector to all tokens but the first, a sink of attention whose length is unlike all others.
+    A scale of 0 changes nothing. Raises ValueError for another ``how``.
+    """
+    if how not in ("turn", "add"):
+        raise ValueError(f"how is 'turn' or 'add', not {how!r}.")
+    with ExitStack() as hooks:
+        for layer, vector in enumerate(vectors.to(model.device)):
+            if scale and vector.any():
+                change = partial(_turned if how == "turn" else _added, vector=vector, scale=scale)
+                hooks.enter_context(model.layout.hooked(layer, change, place))
+        yield
+
+
+def _turned(out: Tensor, vector: Tensor, scale: float) -> Tensor:
+    unit, direction = (torch.nn.functional.normalize(each.float(), dim=-1) for each in (out, vector))
+    against = (-unit @ direction).clamp_min(0)[..., None]
+    moved = torch.nn.functional.normalize(unit + scale * (1 + against) * direction, dim=-1)
+    return (moved * out.float().norm(dim=-1, keepdim=True)).to(out.dtype)
+
+
+def _added(out: Tensor, vector: Tensor, scale: float) -> Tensor:
+    return torch.cat([out[:, :1], out[:, 1:] + (scale * vector).to(out.dtype)], dim=1)
+
+
+@torch.no_grad()
+def token_nll(model: Model, prompts, batch: int = 16) -> list[Float[Tensor, " answer"]]:
+    """Return the negative log-likelihood (nats) of every answer token of every prompt, in plain passes.
+
+    Raises ValueError for a prompt that is too long for the model.
+    """
+    hidden = _read_states(model, prompts, batch)
+    labels = torch.tensor([token for prompt in prompts for token in prompt.answer], device=hidden.device)
+    parts = []
+    for states, wanted in zip(hidden.split(TOKENS), labels.split(TOKENS), strict=True):
+        logits = model.layout.logits(states)
+        parts.append((logits.logsumexp(-1) - logits.gather(-1, wanted[:, None])[:, 0]).cpu())
+    return list(torch.cat(parts).split([len(prompt.answer) for prompt in prompts]))
+
+
+@torch.no_grad()
+def token_log_probs(model: Model, prompts, batch: int = 16) -> Float[Tensor, "n_labels vocab"]:
+    """Return the log-probabilities of all tokens where each answer token of the prompts is predicted, in plain passes.
+
+    Raises ValueError for a prompt that is too long for the model.
+    """
+    parts = _read_states(model, prompts, batch).split(TOKENS)
+    return torch.cat([model.layout.logits(states).log_softmax(-1).cpu() for states in parts])
+
+
+def _read_states(model: Model, prompts, batch: int) -> Float[Tensor, "n_labels d_model"]:
+    """Return what the unembedding reads where each answer token of the prompts is predicted."""
+    _fit(model, prompts)
+    found = []
+    for start in range(0, len(prompts), batch):
+        part = prompts[start : start + batch]
+        # Padding stands on the right, where a causal model cannot see it.
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(p.ids) for p in part], batch_first=True).to(model.device)
+        states = model.layout.core(ids, use_cache=False).last_hidden_state
+        found += [row[len(p.ids) - len(p.answer) - 1 : len(p.ids) - 1] for row, p in zip(states, part, strict=True)]
+    return _single(torch.cat(found))
+
+
 class _Enough(Exception):
     """Leaves a forward pass whose later blocks nobody needs."""
 
@@ -545,3 +668,113 @@ def _changed(value, change, seen: dict):
             new = change(value)
         seen[id(value)] = new
     return seen[id(value)]
+
+
+# Is the engine exact on this model? Two short prompts through it and through the plain model, compared. The plain side
+# is an unpadded forward pass of the whole transformers model with a hook on one block; it shares no code with what
+# stands above. The test runs when a model is loaded that is not one of ours, so that a class that the engine does not
+# replay is refused in a sentence, whatever the reason, and none is silently wrong.
+
+TEXT = "hot -> cold\nbig -> small"
+LENGTHS = (12, 7)  # tokens of the two prompts: the shorter one is padded
+ANSWER = 2
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # nats a prompt, and share of the gradient's length
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+HALF = 0.5  # in half the plain pass rounds its logits, which moved losses by .13; a bias left out moves them by .6
+
+
+def check(model: Model) -> None:
+    """Compare the engine with the plain model on two short prompts.
+
+    Raises ModelError if they differ, or if the engine cannot run it.
+
+    Steers after two blocks in both modes at a token in the middle of the prompts, and compares every loss and the
+    gradient of their sum.
+    """
+    kind, advice = type(model.hf).__name__, "use another model"
+    try:
+        loss, gradient = differences(model)
+    except layouts.LayoutError as error:
+        raise ModelError(f"{model.name!r} is a {kind}, which {error}: {advice}.") from error
+    except Exception as error:  # anything that a class of somebody else's can raise
+        raise ModelError(
+            f"{model.name!r} is a {kind}, which the engine cannot replay block by block ({_reason(model, error)}): "
+            f"{advice}."
+        ) from error
+    bound = TOLERANCE.get(model.dtype, HALF)
+    if not (loss <= bound and gradient <= bound):  # also where one of them is not a number
+        raise ModelError(
+            f"{model.name!r} is a {kind}, on which the engine is not exact: losses differ from a plain forward pass by "
+            f"{loss:.1e} nats, gradients by {gradient:.1e} of their length: {advice}."
+        )
+
+
+def _reason(model, error: Exception) -> str:
+    """Say what is not handled: kinds of blocks that keep no keys and values, or what went wrong."""
+    others = sorted(set(getattr(model.layout.config, "layer_types", None) or ()) - ATTENTION)
+    if others:
+        return f"it has blocks of the kind {', '.join(others)}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+
+
+def differences(model) -> tuple[float, float]:
+    """Return the largest difference in loss (nats a prompt) and the relative one of the gradient."""
+    prompts = short_prompts(model.tokenizer)
+    site = Site.prepare(model, prompts)
+    layers = sorted({0, (model.n_layers - 1) // 2})
+    cases = [(layer, mode) for layer in layers for mode in ("add", "replace")]
+    # Two vectors a case, of the length of the stream that they meet and of no prompt's direction.
+    lengths = torch.stack([site.at(layer).float().norm(dim=-1).mean() for layer, _ in cases])
+    noise = torch.randn(len(cases), 2, model.d_model, generator=torch.Generator().manual_seed(0))
+    start = noise * (lengths[:, None] / noise.norm(dim=-1))[..., None]
+
+    ours, theirs = (start.to(model.device).requires_grad_() for _ in range(2))
+    losses = torch.stack([site.loss(vectors, *case) for vectors, case in zip(ours, cases, strict=True)])
+    expected = torch.stack([plain_losses(model, prompt, theirs, cases) for prompt in prompts], -1)
+    (gradient,) = torch.autograd.grad(losses.sum(), ours)
+    (reference,) = torch.autograd.grad(expected.mean(-1).sum(), theirs)
+    scored = torch.stack([site.evaluate(v, *case).nll.nansum(-1) for v, case in zip(start, cases, strict=True)])
+    off = (scored - expected.cpu()).abs().max(), (losses - expected.mean(-1)).abs().max().cpu()
+    return max(off).item(), ((gradient - reference).norm() / reference.norm().clamp_min(1e-9)).item()
+
+
+def short_prompts(tokenizer) -> list[Prompt]:
+    """Return two prompts of unequal length, made of tokens as the tokenizer gives them."""
+    ids = probe(tokenizer)
+    return [
+        Prompt(tuple(ids[:n]), (n - ANSWER - 2,), (), tuple(ids[n - ANSWER : n]), (tuple(ids[n - ANSWER : n]),))
+        for n in LENGTHS
+    ]
+
+
+def probe(tokenizer) -> list[int]:
+    """Return some tokens as the tokenizer gives them, the first as it begins a text."""
+    return (tokenizer(TEXT)["input_ids"] * LENGTHS[0])[: LENGTHS[0]]  # whatever it makes of the words, there are enough
+
+
+def plain_losses(model, prompt: Prompt, vectors: Tensor, cases) -> Tensor:
+    """Return the loss [cases, n] of ``vectors`` [cases, n, d_model] in one unpadded forward pass, one a row."""
+    at, handles, n = prompt.separators[-1], [], vectors.shape[1]
+    for layer in {layer for layer, _ in cases}:
+
+        def steer(block, args, out, layer=layer):
+            stream = out[0] if isinstance(out, tuple) else out
+            rows = list(stream)
+            for i, (steered, mode) in enumerate(cases):
+                for j in range(n * i, n * (i + 1)) if steered == layer else ():
+                    vector = vectors[i, j - n * i].to(stream)
+                    here = rows[j][at] + vector if mode == "add" else vector
+                    rows[j] = torch.cat([rows[j][:at], here[None], rows[j][at + 1 :]])
+            return (torch.stack(rows), *out[1:]) if isinstance(out, tuple) else torch.stack(rows)
+
+        handles.append(model.layout.blocks[layer].register_forward_hook(steer))
+    try:
+        ids = torch.tensor([prompt.ids[:-1]] * n * len(cases), device=model.device)
+        logits = model.hf(ids, use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    answer = torch.tensor(prompt.answer, device=model.device)
+    log_probs = logits[:, -len(answer) :].float().log_softmax(-1)
+    losses = -log_probs[:, torch.arange(len(answer)), answer].sum(-1)
+    return losses.view(len(cases), n)

@@ -128,14 +128,67 @@ def dummy_shot(tokenizer, pairs, template: Template = ARROW) -> list[Prompt]:
     return [encode(tokenizer, (DUMMY,), pair, template) for pair in pairs]
 
 
-def few_shot(tokenizer, pool, queries, n_shots: int, seed: int, template: Template = ARROW) -> list[Prompt]:
-    """Return one prompt per query, each with ``n_shots`` shots drawn from ``pool`` without the query."""
-    rng = random.Random(seed)
+def few_shot(
+    tokenizer, pool, queries, n_shots: int, seed: int, template: Template = ARROW, shuffle_labels: bool = False
+) -> list[Prompt]:
+    """Return one prompt per query, each with ``n_shots`` shots drawn from ``pool`` without the query.
+
+    ``shuffle_labels``: the shots of a prompt swap their answers (see `shuffled`); which they are stays the same.
+    """
+    rng, mixing = random.Random(seed), random.Random(f"{seed} labels")
     prompts = []
     for query in queries:
         others = [pair for pair in pool if pair.x != query.x]
-        prompts.append(encode(tokenizer, rng.sample(others, min(n_shots, len(others))), query, template))
+        shots = rng.sample(others, min(n_shots, len(others)))
+        prompts.append(encode(tokenizer, shuffled(shots, mixing) if shuffle_labels else shots, query, template))
     return prompts
+
+
+def plain(tokenizer, texts) -> list[Prompt]:
+    """Return one prompt per text, without a separator: all of it is the answer but the first token, BOS or the text's.
+
+    Raises TaskError as `encode` does.
+    """
+    read = [tuple(_read(tokenizer, text)[0]) for text in texts]
+    return [Prompt(ids, (), (), ids[1:], (ids[1:],)) for ids in read]
+
+
+def shuffled(pairs, rng: random.Random) -> tuple[Pair, ...]:
+    """Give every pair the answers of the next one in a random order: of two and more, none keeps its own."""
+    order = rng.sample(range(len(pairs)), len(pairs))
+    answers = {i: pairs[j] for i, j in zip(order, order[1:] + order[:1], strict=True)}
+    return tuple(Pair(pair.x, answers[i].y, answers[i].answers) for i, pair in enumerate(pairs))
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one vector of Hendel et al. (2023) is made of and tried on: all drawn for one query.
+
+    ``demonstrations`` are shown; after them stand ``dummies``, one at a time, in place of the ``query``.
+    """
+
+    demonstrations: tuple[Pair, ...]
+    dummies: tuple[Pair, ...]
+    query: Pair
+
+    def shown(self, tokenizer, query: Pair | None = None, template: Template = ARROW) -> Prompt:
+        """Return the few-shot prompt of the case: its demonstrations, then its query (or another)."""
+        return encode(tokenizer, self.demonstrations, query or self.query, template)
+
+
+def cases(pool, queries, n_shots: int, n_dummies: int, seed: int) -> list[Case]:
+    """Draw one case per query from ``pool``, without the query; no dummy is a demonstration.
+
+    (In the authors' code one may be, and its answer can then be copied.) Raises ValueError if the pool is too small.
+    """
+    rng, drawn = random.Random(seed), []
+    for query in queries:
+        others = [pair for pair in pool if pair.x != query.x]
+        if len(others) < n_shots + n_dummies:
+            raise ValueError(f"{n_shots} demonstrations and {n_dummies} dummies are more than {len(others)} pairs.")
+        some = tuple(rng.sample(others, n_shots + n_dummies))
+        drawn.append(Case(some[:n_shots], some[n_shots:], query))
+    return drawn
 
 
 def token_types(prompt: Prompt) -> list[str | None]:

@@ -12,10 +12,14 @@ from nb_utils.engine import Scores, Site, Vocabulary
 
 @dataclass(frozen=True)
 class Candidate:
-    """A vector to score, and how it was made; ``k`` atoms asked for, ``l0`` atoms used (None: dense)."""
+    """A vector to score, and how it was made; ``k`` atoms asked for, ``l0`` atoms used (None: dense).
+
+    ``vector``: [d_model], or [batch, d_model], one a prompt; of candidates that are scored together all alike. None
+    where something else than a vector is scored (`laid_out`).
+    """
 
     method: str
-    vector: Float[Tensor, " d_model"]
+    vector: Float[Tensor, "*batch d_model"] | None
     k: int | None = None
     l0: int | None = None
     scale: float = 1.0
@@ -33,7 +37,16 @@ def rows(
     ``zero_shot`` is the mean zero-shot loss on the same prompts, to which ``rel_loss`` refers. ``reference`` holds
     few-shot next-token log-probabilities; with it, ``d_ntp`` is their mean KL divergence to the steered ones.
     """
-    scores = site.evaluate(torch.stack([c.vector for c in candidates]), layer, mode, reference)
+    return laid_out(
+        site.evaluate(torch.stack([c.vector for c in candidates]), layer, mode, reference),
+        layer, candidates, zero_shot, mode, on,
+    )  # fmt: skip
+
+
+def laid_out(
+    scores: Scores, layer: int, candidates: list[Candidate], zero_shot: float, mode: str = "add", on: str = "test"
+) -> pd.DataFrame:
+    """Lay out scores that were had in whatever way, such as by heads that were set, as `rows` does."""
     return pd.DataFrame([
         {
             "layer": layer, "method": c.method, "mode": mode, "k": c.k, "scale": c.scale, "l0": c.l0,

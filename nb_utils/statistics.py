@@ -319,6 +319,38 @@ def best_layer(frame: pd.DataFrame, column: str = "validation_loss") -> int:
     return int(grid[measured == measured.max()].mean(axis=1).idxmin())
 
 
+def spread_points(spread: pd.DataFrame, space: str) -> pd.DataFrame:
+    """Return the thetas of experiment 20 as points, one a draw, centred on the mean of all tasks and of length 1.
+
+    ``spread``: rows of its table, of one layer. ``space``: "place" (the stream, on random directions), or "codes".
+    Index: task and draw.
+    """
+    index = pd.MultiIndex.from_frame(spread[["task", "draw"]])
+    if space == "codes":
+        parts = spread[["latents", "codes"]].explode(["latents", "codes"])
+        parts = parts.assign(row=parts.index, codes=parts["codes"].astype(float))
+        found = parts.pivot(index="row", columns="latents", values="codes").reindex(spread.index).fillna(0)
+        points = found.to_numpy()
+    else:
+        points = np.stack(spread[space].to_list())
+    points = points - pd.DataFrame(points).groupby(spread["task"].to_numpy()).mean().mean().to_numpy()
+    length = np.linalg.norm(points, axis=1, keepdims=True)
+    return pd.DataFrame(points / np.where(length > 0, length, 1), index=index)
+
+
+def nearest_centroid(spread: pd.DataFrame, space: str) -> pd.Series:
+    """Say of thetas (the index: task and draw) which task's mean is nearest by its cosine.
+
+    The even draws of a task make its mean, the odd ones are asked. ``spread`` and ``space`` as in `spread_points`.
+    """
+    points = spread_points(spread, space)
+    even = points.index.get_level_values("draw") % 2 == 0
+    centroids = points[even].groupby(level="task").mean()
+    centroids = centroids.div(np.linalg.norm(centroids, axis=1), axis=0)
+    nearest = (points[~even].to_numpy() @ centroids.to_numpy().T).argmax(axis=1)
+    return pd.Series(centroids.index[nearest], points.index[~even], name="nearest")
+
+
 def _cells(frame: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """Average the seeds of each task prompt by prompt: one row per task and combination of ``by``."""
     if frame["on"].nunique() > 1:

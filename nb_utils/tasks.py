@@ -15,7 +15,7 @@ from pathlib import Path
 from nb_utils.text import slug, visible
 
 DATA = Path(__file__).resolve().parents[1] / "data"
-FOLDERS = {"word": DATA / "tasks", "sentence": DATA / "sentences"}
+FOLDERS = {"word": DATA / "tasks", "sentence": DATA / "sentences", "behaviour": DATA / "behaviour"}
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 DELIMITERS = {".csv": (",", "comma"), ".tsv": ("\t", "tab")}
 # What files call an input and its answer, our own name first, and a list of rows that stands among other things.
@@ -52,7 +52,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class Task:
-    """A named set of pairs with where they come from; `kind` is "word" or "sentence".
+    """A named set of pairs with where they come from; `kind` is "word", "sentence" or "behaviour".
+
+    A behaviour is a way to say things, and its pairs are texts without and with it: ``markers`` are words that show it,
+    ``opposed`` those that show the contrary, ``elsewhere`` pairs of another source, only to be tested on.
 
     Entries of a file that repeat an earlier input are merged into it: ``copies`` say nothing new and are dropped,
     ``joined`` have other answers, which are accepted too, after those before them.
@@ -67,6 +70,9 @@ class Task:
     category: str
     copies: int = 0
     joined: int = 0
+    markers: tuple[str, ...] = ()
+    opposed: tuple[str, ...] = ()
+    elsewhere: tuple[Pair, ...] = ()
 
     @property
     def merged(self) -> str:
@@ -87,7 +93,7 @@ class Splits:
 
 
 def names(kind: str = "word") -> list[str]:
-    """List the shipped tasks of a kind ("word" or "sentence") in alphabetical order."""
+    """List the shipped tasks of a kind ("word", "sentence" or "behaviour") in alphabetical order."""
     return sorted(path.stem for path in FOLDERS[kind].glob("*.json"))
 
 
@@ -97,7 +103,8 @@ def load(name_or_path: str | Path, kind: str = "word") -> Task:
     JSON is a dict {x: y}, or rows {"input": x, "output": y} or [x, y], or two columns "input" and "output" of equal
     length. `INPUTS` and `OUTPUTS` are what the two may be called. Rows and columns may stand as "pairs" (or one of
     `HOLDERS`) beside "name", "title", "category", "kind", "licence" and "origin" (each optional). JSONL is one row a
-    line. CSV and TSV name their columns in the first line.
+    line. CSV and TSV name their columns in the first line. A file of kind "behaviour" has "markers" besides, and may
+    have "opposed" and "elsewhere" (see `Task`).
 
     An output may be a list of accepted answers, the preferred one first. A number is taken as it is written. Spaces
     around inputs and answers are dropped, and entries of one input are merged (see `Task`).
@@ -326,7 +333,26 @@ def _task(where: str, stem: str, record: object) -> Task:
         defaults[field] = _text(value, f"{where}: {field!r}")
     if defaults["kind"] not in FOLDERS:
         raise TaskError(f"{where}: 'kind' must be one of {', '.join(FOLDERS)}, not {defaults['kind']!r}.")
-    return Task(pairs=pairs, copies=copies, joined=joined, **defaults)
+    shown = _shown(where, fields) if defaults["kind"] == "behaviour" else {}
+    return Task(pairs=pairs, copies=copies, joined=joined, **defaults, **shown)
+
+
+def _shown(where: str, fields: dict) -> dict:
+    """Return what a behaviour has beside its pairs: the words that show it or the contrary, and pairs elsewhere."""
+    if not fields.get("markers"):
+        raise TaskError(f"{where} is of a behaviour and names no words that show it: list some as 'markers'.")
+    found = {}
+    for field in ("markers", "opposed"):
+        words = fields.get(field, [])
+        if not isinstance(words, list) or any(not isinstance(word, str) or word.split() != [word] for word in words):
+            raise TaskError(f"{where}: {field!r} must be a list of single words, not {_what(words)}.")
+        found[field] = tuple(dict.fromkeys(words))
+    if both := set(found["markers"]) & set(found["opposed"]):
+        raise TaskError(f"{where}: {_what(min(both))} cannot be in 'markers' and in 'opposed': keep it in one.")
+    rows = fields.get("elsewhere", [])
+    if not isinstance(rows, list):
+        raise TaskError(f"{where}: 'elsewhere' must be a list of pairs, not {_what(rows)}.")
+    return found | {"elsewhere": _pairs(f"{where}, 'elsewhere'", rows, least=0)[0]}
 
 
 def _rows(where: str, record: object) -> tuple[dict, list]:
@@ -391,7 +417,7 @@ def _columns(keys: object) -> tuple[str, str] | None:
     return (found[0][0], found[1][0]) if list(map(len, found)) == [1, 1] else None
 
 
-def _pairs(where: str, rows: list) -> tuple[tuple[Pair, ...], int, int]:
+def _pairs(where: str, rows: list, least: int = MIN_PAIRS) -> tuple[tuple[Pair, ...], int, int]:
     """Return the pairs, each input once with all its answers, and how many entries were `copies` and `joined`."""
     accepted: dict[str, dict[str, None]] = {}
     copies = joined = 0
@@ -406,10 +432,10 @@ def _pairs(where: str, rows: list) -> tuple[tuple[Pair, ...], int, int]:
         known.update(dict.fromkeys(answers))
         copies += len(known) == before
         joined += 0 < before < len(known)
-    if len(accepted) < MIN_PAIRS:
+    if len(accepted) < least:
         raise TaskError(
             f"{where} holds {len(accepted)} pairs{' of different inputs' * bool(copies + joined)} and a task needs "
-            f"{MIN_PAIRS}: 16 examples of a prompt, its query, and something left over to test on."
+            f"{least}: 16 examples of a prompt, its query, and something left over to test on."
         )
     return tuple(Pair(x, next(iter(known)), tuple(known)) for x, known in accepted.items()), copies, joined
 

@@ -72,6 +72,15 @@ def _balanced(few) -> list[tuple[int, ...]]:
     return positions
 
 
+def thetas(
+    model: Model, cases: list[prompts.Case], layers, template: prompts.Template = prompts.ARROW
+) -> dict[int, Float[Tensor, "n d_model"]]:
+    """Collect what Hendel et al. (2023) call theta, one a case: the last separator, averaged over its dummies."""
+    shown = [case.shown(model.tokenizer, dummy, template) for case in cases for dummy in case.dummies]
+    read = engine.residuals(model, shown, [p.separators[-1:] for p in shown], layers)
+    return {layer: stream.unflatten(0, (len(cases), -1)).mean(1) for layer, stream in read.items()}
+
+
 def task_vector(at: Streams, layer: int) -> Float[Tensor, " d_model"]:
     """Average the residual stream over all few-shot tokens (Hendel et al. 2023; the post)."""
     return at.few[layer].mean(0)

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 
-from nb_utils import engine, models, prompts, tasks
+from nb_utils import engine, layouts, models, prompts, tasks
 
 
 @pytest.fixture(scope="module", params=["gemma2", "llama"])
@@ -83,6 +83,60 @@ def equals_a_hooked_pass(model, mode, layer, at):
     theirs = vectors.clone().requires_grad_()
     sum(plain(model, p, v, layer, mode, at).sum() for v in theirs for p in batch).div(len(batch)).backward()
     torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["add", "replace"])
+@pytest.mark.parametrize("at", ["separator", "output"])
+def test_one_vector_a_prompt_equals_each_prompt_alone_with_its_own(brief, mode, at, monkeypatch):
+    """Also in chunks; an answer that is right is run one token further, with the vector of its prompt."""
+    batch = prompts.few_shot(brief.tokenizer, pairs(), pairs(4), n_shots=2, seed=0)
+    vectors = 9 * torch.randn(24, 4, brief.d_model, generator=torch.Generator().manual_seed(1))
+    said = engine.Site.prepare(brief, batch, at=at).log_probs(vectors, 2, mode).argmax(-1)
+    for i in (0, 2):  # what the first vectors make the model say is right, and so is something else
+        answer, *more = ((int(token),) for token in said[:, i].unique_consecutive())
+        ids = batch[i].ids[: len(batch[i].ids) - len(batch[i].answer)] + answer
+        batch[i] = dataclasses.replace(batch[i], ids=ids, answer=answer, accepted=(answer, *more[:2]))
+    site = engine.Site.prepare(brief, batch, at=at)
+    scores, read = site.evaluate(vectors, 2, mode), site.read(vectors, 2, 4, mode)
+    assert scores.accepted[0, [0, 2]].all() and 0 < scores.exact.mean() < 1
+    alone = [engine.Site.prepare(brief, [prompt], at=at) for prompt in batch]
+    for i, one in enumerate(alone):
+        expected = one.evaluate(vectors[:, i], 2, mode)
+        n = expected.nll.shape[-1]
+        torch.testing.assert_close(scores.nll[:, i, :n], expected.nll[:, 0], atol=1e-4, rtol=1e-5)
+        assert torch.equal(scores.hit[:, i, :n], expected.hit[:, 0]) and scores.nll[:, i, n:].isnan().all()
+        assert torch.equal(scores.accepted[:, i], expected.accepted[:, 0])
+        assert torch.equal(scores.exact[:, i], expected.exact[:, 0])
+        torch.testing.assert_close(read[:, i], one.read(vectors[:, i], 2, 4, mode)[:, 0], atol=1e-4, rtol=1e-5)
+    monkeypatch.setattr(engine, "BYTE_BUDGET", 1)
+    again = site.evaluate(vectors, 2, mode)
+    torch.testing.assert_close(again.nll, scores.nll, atol=1e-5, rtol=0, equal_nan=True)
+    assert torch.equal(again.exact, scores.exact)
+
+
+def test_the_gradient_of_one_vector_a_prompt_is_that_of_each_prompt_alone(tiny):
+    batch = prompts.zero_shot(tiny.tokenizer, pairs(3))
+    ours = torch.randn(2, 3, tiny.d_model, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    engine.Site.prepare(tiny, batch).loss(ours, 1, "replace").sum().backward()
+    theirs = ours.detach().clone().requires_grad_()
+    alone = [engine.Site.prepare(tiny, [p]).loss(theirs[:, i], 1, "replace").sum() for i, p in enumerate(batch)]
+    sum(alone).div(3).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_the_same_vector_for_every_prompt_is_one_vector_for_all(tiny):
+    site = engine.Site.prepare(tiny, prompts.zero_shot(tiny.tokenizer, pairs()))
+    vectors = torch.randn(2, tiny.d_model, generator=torch.Generator().manual_seed(1))
+    each = vectors[:, None].expand(2, 6, tiny.d_model)
+    assert torch.equal(site.evaluate(each, 2).nll.nan_to_num(), site.evaluate(vectors, 2).nll.nan_to_num())
+    with pytest.raises(ValueError, match="5 vectors, one a prompt, do not fit 6 prompts"):
+        site.evaluate(each[:, :5], 2)
+
+
+def test_replacing_by_the_own_residuals_all_at_once_is_the_identity(tiny):
+    site = engine.Site.prepare(tiny, prompts.few_shot(tiny.tokenizer, pairs(), pairs(), n_shots=2, seed=0))
+    own = site.evaluate(site.at(2)[None], 2, "replace").nll
+    torch.testing.assert_close(own, site.unsteered().nll, atol=1e-4, rtol=0, equal_nan=True)
 
 
 def test_adding_zero_is_the_identity(tiny):
@@ -274,7 +328,7 @@ def test_asking_for_the_end_of_the_line_leaves_losses_to_the_last_bit(brief, mon
     scores = engine.Site.prepare(brief, batch).evaluate(vectors, 1)
     assert scores.hit.any()
     site = engine.Site.prepare(brief, batch)
-    monkeypatch.setattr(engine.Site, "_exact", lambda self, vectors, *rest: torch.zeros(len(vectors), len(batch)))
+    monkeypatch.setattr(engine.Site, "_exact", lambda self, change, part, *rest: torch.zeros(len(part), len(batch)))
     assert torch.equal(site.evaluate(vectors, 1).nll, scores.nll)
 
 
@@ -299,3 +353,156 @@ def test_a_loss_of_fixed_shapes_equals_that_of_the_prompts_taken(tiny):
                 loss.sum().backward()
                 expected.sum().backward()
                 torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-4, rtol=1e-4)
+
+
+# Every block at every token
+
+
+def spread(model, seed=0):
+    return torch.randn(model.n_layers, model.d_model, generator=torch.Generator().manual_seed(seed))
+
+
+def batch_of(model):
+    texts = prompts.plain(model.tokenizer, ["Open thy doors, O Lebanon", "The food was good."])
+    return [*texts, *prompts.zero_shot(model.tokenizer, pairs(3))]
+
+
+def one_by_one(model, batch):
+    """NLL of every answer token from unpadded passes of the whole model, one a prompt."""
+    found = []
+    for p in batch:
+        with torch.no_grad():
+            log_probs = model.hf(torch.tensor([p.ids])).logits[0].float().log_softmax(-1)
+        first = len(p.ids) - len(p.answer)
+        found.append(-log_probs[torch.arange(first - 1, len(p.ids) - 1), torch.tensor(p.answer)])
+    return found
+
+
+def turned(u, v, scale):
+    """The steering of in-context vectors, as the paper's code has it, written token by token."""
+    rows = []
+    for row in u.reshape(-1, u.shape[-1]):
+        cosine = torch.cosine_similarity(row, -v, dim=0)
+        moved = row / row.norm() + scale * (1 + max(0.0, cosine.item())) * v / v.norm()
+        rows.append(moved / moved.norm() * row.norm())
+    return torch.stack(rows).view_as(u)
+
+
+def parts_of(block):
+    """Where a block of Gemma 3, Gemma 2 or Llama has what is steered, written by hand."""
+    after = block.post_feedforward_layernorm if hasattr(block, "post_feedforward_layernorm") else block.mlp
+    return {"mlp": block.mlp, "ff": after, "resid": block}
+
+
+def held(model, vectors, place, change):
+    """Steer every block by hand; return the losses."""
+    handles = []
+    for block, vector in zip(model.hf.model.layers, vectors, strict=True):
+
+        def hook(module, args, out, vector=vector):
+            found = out[0] if isinstance(out, tuple) else out
+            return (change(found, vector), *out[1:]) if isinstance(out, tuple) else change(found, vector)
+
+        handles.append(parts_of(block)[place].register_forward_hook(hook))
+    try:
+        return one_by_one(model, batch_of(model))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_losses_of_texts_are_those_of_the_whole_model_one_by_one(tiny):
+    batch = batch_of(tiny)
+    for ours, theirs in zip(engine.token_nll(tiny, batch, batch=2), one_by_one(tiny, batch), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    log_probs = engine.token_log_probs(tiny, batch)
+    labels = torch.tensor([token for p in batch for token in p.answer])
+    torch.testing.assert_close(-log_probs[range(len(labels)), labels], torch.cat(one_by_one(tiny, batch)))
+
+
+@pytest.mark.parametrize("place", ["mlp", "ff", "resid"])
+@pytest.mark.parametrize("how", ["turn", "add"])
+def test_steering_every_block_equals_hooks_written_by_hand(tiny, place, how):
+    check_steering(tiny, place, how)
+
+
+@pytest.mark.parametrize("place", ["mlp", "ff", "resid"])
+def test_it_does_for_gemma_2_and_llama_as_well(other, place):
+    check_steering(other, place, "turn")
+
+
+def check_steering(model, place, how):
+    def added(u, v):
+        moved = u + v
+        moved[:, 0] = u[:, 0]
+        return moved
+
+    vectors, batch = spread(model), batch_of(model)
+    with engine.steered(model, vectors, place, 1.0, how):
+        ours = torch.cat(engine.token_nll(model, batch))
+    by_hand = added if how == "add" else lambda u, v: turned(u, v, 1.0)
+    torch.testing.assert_close(ours, torch.cat(held(model, vectors, place, by_hand)), atol=2e-4, rtol=1e-4)
+    assert (ours - torch.cat(one_by_one(model, batch))).abs().max() > 1e-2
+
+
+def test_what_is_steered_behind_the_norm_enters_the_stream_as_it_is(tiny, other):
+    for model in (tiny, other):
+        ids, delta = torch.tensor([batch_of(model)[0].ids]), spread(model)[2]
+        seen = []
+        with model.layout.hooked(2, lambda stream, seen=seen: seen.append(stream)):
+            model.hf(ids)
+            with engine.steered(model, torch.eye(model.n_layers)[:, 2:3] * delta, "ff", 1.0, "add"):
+                model.hf(ids)
+        torch.testing.assert_close(seen[1][:, 1:] - seen[0][:, 1:], delta.expand_as(seen[0][:, 1:]), atol=1e-4, rtol=0)
+
+
+def test_a_scale_of_zero_changes_nothing_to_the_last_bit_nor_does_a_vector_of_zeros(tiny):
+    batch = batch_of(tiny)
+    before = torch.cat(engine.token_nll(tiny, batch))
+    for place in ("mlp", "ff", "resid"):
+        for vectors, scale in ((spread(tiny), 0), (torch.zeros(6, 32), 0.5)):
+            with engine.steered(tiny, vectors, place, scale):
+                assert torch.equal(torch.cat(engine.token_nll(tiny, batch)), before)
+
+
+def test_a_turn_keeps_every_length_and_goes_towards_the_vector():
+    out, vector = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1)), torch.ones(8)
+    moved = engine._turned(out, vector, 0.3)
+    torch.testing.assert_close(moved.norm(dim=-1), out.norm(dim=-1))
+    assert (torch.cosine_similarity(moved, vector, -1) > torch.cosine_similarity(out, vector, -1)).all()
+
+
+def test_no_steering_stays_behind_after_an_error_and_another_way_to_steer_is_refused(tiny):
+    with pytest.raises(KeyError), engine.steered(tiny, spread(tiny)):
+        raise KeyError
+    parts = [tiny.layout.part(layer, place) for layer in range(6) for place in ("mlp", "ff", "resid")]
+    assert not any(part._forward_hooks for part in parts)
+    wrong = engine.steered(tiny, spread(tiny), how="push")
+    with pytest.raises(ValueError, match="how is 'turn' or 'add', not 'push'"), wrong:
+        pass
+
+
+def test_one_block_at_every_token_is_a_site_like_any_other(tiny):
+    batch, vectors, layer = batch_of(tiny)[2:], 0.5 * spread(tiny)[:2], 3
+    scores = engine.Site.prepare(tiny, batch, at="everywhere").evaluate(vectors, layer)
+    for vector, nll in zip(vectors, scores.nll, strict=True):
+        whole = torch.zeros(tiny.n_layers, tiny.d_model).index_fill(0, torch.tensor(layer), 1) * vector
+        with engine.steered(tiny, whole, "resid", 1.0, "add"):
+            expected = engine.token_nll(tiny, batch)
+        for ours, theirs in zip(nll, expected, strict=True):
+            torch.testing.assert_close(ours[: len(theirs)], theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_site_predicts_nothing_before_the_first_steered_token(tiny):
+    with pytest.raises(ValueError, match="An answer begins after the first steered position"):
+        engine.Site.prepare(tiny, batch_of(tiny), at="everywhere")
+
+
+def test_a_block_without_an_mlp_is_refused_in_a_sentence(tiny):
+    class Bare(torch.nn.Module):
+        pass
+
+    layout = dataclasses.replace(tiny.layout, blocks=[Bare()])
+    assert layout.part(0, "resid") is layout.blocks[0]
+    with pytest.raises(layouts.LayoutError, match="has no MLP where we look for one"):
+        layout.part(0, "ff")

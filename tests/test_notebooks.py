@@ -26,7 +26,9 @@ SIZES = {
     "atoms": "2,4,8", "penalties": "1,3", "penalty": 1.0, "sizes": "10,4,2", "steps": 6, "steps_a_stage": 2,
     "scales": 5, "coarse": 3, "n_others": 3, "n_text": 6, "following": 5, "templates": "arrow,question",
     "repeat_layers": "3", "longer": "8", "first_cuts": "12", "often": 12,
+    "n_dev": 6, "n_rivals": 1, "sae_layers": "2,3",
     "mean_rates": "1,2", "refit_rates": "0.05,0.1", "dense_rates": "0.02,0.05",
+    "tries": 1, "budgets": "0.3,1", "strengths": "0.01,0.1", "n_pairs": "8,3", "n_heads": 3, "arrow_scales": "0.5,1",
 }  # fmt: skip
 # Prose is held to paths too: this finds folders at the root of a disk and ~/, not a fraction or a route.
 ABSOLUTE = re.compile(r"(?<![\w.:/])/(?:home|root|Users|tmp|work|mnt|data|opt|var)/|[A-Z]:\\\\|(?<!\w)~/")
@@ -211,6 +213,7 @@ def test_a_table_says_all_that_it_depends_on(path, tables_of):
         assert set(origin) == set(tables.PARTS)
         assert set(runs.known_parameters(path)) - set(stale.NOT_COMPARED) <= set(origin["parameters"])
         text = {"text/neutral.json"} if "prompts.passages" in path.read_text() else set()
+        text |= {f"{rival}.json" for rival in origin["parameters"].get("rivals", [])}
         assert set(origin["data_sha256"]) == {"antonyms.json"} | text and set(origin["sae_sha256"]) == {"2", "3"}
     read = {text for text in re.findall(r'"(\d\d_[a-z_]+)"', path.read_text().replace('\\"', '"'))}
     assert set(origin["inputs"]) == {stem for stem in read if not stem.startswith(path.stem)}

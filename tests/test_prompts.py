@@ -1,6 +1,7 @@
 """Prompts: the tokens that matter are found by character offsets, for every tokenizer and any text."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -153,6 +154,42 @@ def test_a_small_pool_gives_all_the_shots_that_it_has(bytewise):
     assert len(prompt.outputs) == 3 and len(prompt.separators) == 4
 
 
+def test_shuffled_labels_leave_the_shots_and_their_order_and_give_none_its_own_answer(bytewise):
+    plain = prompts.few_shot(bytewise, POOL, POOL, n_shots=5, seed=3)
+    mixed = prompts.few_shot(bytewise, POOL, POOL, n_shots=5, seed=3, shuffle_labels=True)
+    assert mixed == prompts.few_shot(bytewise, POOL, POOL, n_shots=5, seed=3, shuffle_labels=True)
+    for one, other in zip(plain, mixed, strict=True):
+        here, there = ([line.split(" -> ") for line in shots_of(bytewise, p)] for p in (one, other))
+        assert [x for x, _ in here] == [x for x, _ in there] and one.answer == other.answer
+        assert sorted(y for _, y in here) == sorted(y for _, y in there)
+        assert all(y != wrong for (_, y), (_, wrong) in zip(here, there, strict=True))
+
+
+def test_every_pair_gets_all_the_answers_of_another(bytewise):
+    pairs = [pair("a", "1", "one"), pair("b", "2"), pair("c", "3", "three")]
+    mixed = prompts.shuffled(pairs, random.Random(0))
+    assert [p.x for p in mixed] == ["a", "b", "c"] and all(p.y == p.answers[0] for p in mixed)
+    assert sorted(p.answers for p in mixed) == sorted(p.answers for p in pairs)
+    assert all(p.y != q.y for p, q in zip(mixed, pairs, strict=True))
+    assert prompts.shuffled(pairs[:1], random.Random(0)) == tuple(pairs[:1])
+
+
+def test_the_dummies_of_a_case_are_no_demonstrations_and_neither_is_its_query(bytewise):
+    drawn = prompts.cases(POOL, POOL, n_shots=5, n_dummies=2, seed=1)
+    assert drawn == prompts.cases(POOL, POOL, 5, 2, seed=1) != prompts.cases(POOL, POOL, 5, 2, seed=2)
+    assert [case.query for case in drawn] == POOL
+    for case in drawn:
+        inputs = [p.x for p in (*case.demonstrations, *case.dummies)]
+        assert (len(case.demonstrations), len(case.dummies)) == (5, 2)
+        assert len({case.query.x, *inputs}) == 8
+        shown = text_of(bytewise, case.shown(bytewise).ids).split("\n")
+        assert shown == [f"{p.x} -> {p.y}" for p in (*case.demonstrations, case.query)]
+        dummy = text_of(bytewise, case.shown(bytewise, case.dummies[0]).ids).split("\n")
+        assert dummy[:-1] == shown[:-1] and dummy[-1] == f"{case.dummies[0].x} -> {case.dummies[0].y}"
+    with pytest.raises(ValueError, match="8 demonstrations and 4 dummies are more than 11 pairs"):
+        prompts.cases(POOL, POOL, n_shots=8, n_dummies=4, seed=0)
+
+
 def test_every_token_of_a_few_shot_prompt_is_an_input_an_arrow_an_output_or_a_line_break(tokenizer):
     prompt = prompts.encode(tokenizer, PAIRS[:3], PAIRS[6])
     kinds = prompts.token_types(prompt)
@@ -230,3 +267,9 @@ def test_rows_of_text_begin_as_prompts_do(single, start):
     assert list(prompt.ids[: len(start)]) == start
     begun = prompts.begin(tokenizer, rows.copy())
     assert (begun[:, : len(start)] == start).all() and (begun[:, len(start) :] == rows[:, len(start) :]).all()
+
+
+def test_all_of_a_plain_text_is_its_answer_but_the_token_that_nothing_precedes(tokenizer):
+    (whole,) = prompts.plain(tokenizer, ["Open thy doors, O Lebanon"])
+    assert whole.ids[1:] == whole.answer and not whole.separators and not whole.outputs
+    assert text_of(tokenizer, whole.ids) == "Open thy doors, O Lebanon"

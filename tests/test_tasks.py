@@ -64,7 +64,7 @@ def test_every_shipped_task_loads_and_says_where_it_comes_from(kind, name):
     task = tasks.load(name, kind)
     assert task.name == name
     assert task.kind == kind
-    assert task.category in {"lexical", "translation", "knowledge", "inflection", "list"}
+    assert task.category in {"lexical", "translation", "knowledge", "inflection", "list", "register", "sentiment"}
     assert task.licence != "not stated"
     assert re.search(r"\d+\.\d+", task.origin), "the origin names a package and its version"
     assert len(task.pairs) >= (SHORTER[name][0] if name in SHORTER else 100)
@@ -111,6 +111,62 @@ def test_a_list_task_answers_with_the_word_at_its_place(name, index):
 def test_inflections_are_single_lower_case_words(name):
     for pair in tasks.load(name).pairs:
         assert all(word.isalpha() and word.islower() for word in (pair.x, *pair.answers)), pair
+
+
+# ---------------------------------------------------------------------------------------------- behaviours
+
+
+def test_no_behaviour_is_called_like_a_word_task():
+    assert tasks.names("behaviour") == ["language", "register", "sentiment"]
+    assert not set(tasks.names("behaviour")) & set(tasks.names())
+
+
+def said(text):
+    return set(re.findall(r"[^\W\d_]+", text.casefold()))
+
+
+def test_an_older_verse_has_two_words_that_show_it_and_the_modern_one_none():
+    task = tasks.load("register", "behaviour")
+    for pair in task.pairs:
+        assert not set(task.markers) & said(pair.x), pair
+        assert sum(word in task.markers for word in re.findall(r"[^\W\d_]+", pair.y.casefold())) >= 2, pair
+    assert len(task.elsewhere) >= 20 and not {pair.x for pair in task.elsewhere} & {pair.x for pair in task.pairs}
+
+
+def test_no_adjective_and_no_noun_of_the_sentiments_stands_in_two_pairs_and_no_marker_in_any():
+    task = tasks.load("sentiment", "behaviour")
+    shape = set.intersection(*(said(pair.x) for pair in task.pairs)) | set("a an the it is was that we thought".split())
+    shape |= set("everyone says what their new looks seemed rather to me".split())
+    words = [word for pair in task.pairs for word in (said(pair.x) | said(pair.y)) - shape]
+    assert len(words) == len(set(words)) == 3 * len(task.pairs)
+    assert not set(words) & {*task.markers, *task.opposed}
+
+
+def behaviour(**changes):
+    pairs = [{"input": x, "output": y} for x, y in plain().items()]
+    return {"kind": "behaviour", "markers": ["thou"], "pairs": pairs} | changes
+
+
+def test_a_users_file_of_a_behaviour_has_words_that_show_it_and_may_have_pairs_elsewhere(tmp_path):
+    rows = [{"input": "a", "output": "b"}]
+    task = tasks.load(written(tmp_path, behaviour(elsewhere=rows, opposed=["you", "you"])))
+    assert task.kind == "behaviour" and task.markers == ("thou",) and task.opposed == ("you",)
+    assert task.elsewhere == (Pair("a", "b", ("b",)),)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"markers": []}, "names no words that show it: list some as 'markers'."),
+        ({"markers": "thou"}, "'markers' must be a list of single words, not \"thou\"."),
+        ({"markers": ["thou art"]}, "'markers' must be a list of single words, not a list of 1."),
+        ({"opposed": ["thou"]}, "\"thou\" cannot be in 'markers' and in 'opposed': keep it in one."),
+        ({"elsewhere": "none"}, "'elsewhere' must be a list of pairs, not \"none\"."),
+        ({"elsewhere": [{"input": "a"}]}, "'elsewhere', entry 1: expected"),
+    ],
+)
+def test_a_behaviour_that_cannot_be_used_says_what_to_mend(tmp_path, changes, reason):
+    assert reason in complaint(written(tmp_path, behaviour(**changes)))
 
 
 # ------------------------------------------------------------------------------------------- a user's file

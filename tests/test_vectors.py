@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nb_utils import engine, tasks, vectors
+from nb_utils import engine, prompts, tasks, vectors
 from nb_utils.vectors import Streams
 
 POOL = tuple(tasks.Pair(f"in{i}", f"out{i}", (f"out{i}",)) for i in range(8))
@@ -43,6 +43,26 @@ def test_the_task_vector_is_the_mean_over_all_separators_but_the_first_of_each_p
         torch.testing.assert_close(vectors.task_vector(at, layer), expected, atol=1e-4, rtol=1e-4)
         expected = expected - by_hand(tiny, zero, layer, 0)
         torch.testing.assert_close(vectors.centred_task_vector(at, layer), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_theta_is_the_mean_last_separator_over_the_dummies_of_its_case(tiny):
+    drawn = prompts.cases(POOL, POOL[:3], n_shots=2, n_dummies=2, seed=0)
+    found = vectors.thetas(tiny, drawn, [1, 4])
+    for layer, read in found.items():
+        assert read.shape == (3, tiny.d_model)
+        for case, theta in zip(drawn, read, strict=True):
+            shown = [prompts.encode(tiny.tokenizer, case.demonstrations, dummy) for dummy in case.dummies]
+            expected = by_hand(tiny, shown, layer, skip=2)
+            torch.testing.assert_close(theta, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_theta_of_a_zero_shot_prompt_is_its_own_stream(tiny):
+    """Without demonstrations and with its query for a dummy, replacing changes nothing: place and block are right."""
+    alone = [prompts.Case((), (pair,), pair) for pair in POOL]
+    site = engine.Site.prepare(tiny, prompts.zero_shot(tiny.tokenizer, POOL))
+    own = vectors.thetas(tiny, alone, [2])[2]
+    same = site.evaluate(own[None], 2, "replace").nll
+    torch.testing.assert_close(same, site.unsteered().nll, atol=1e-4, rtol=0, equal_nan=True)
 
 
 def test_one_separator_is_left_out_unless_said_otherwise(tiny):

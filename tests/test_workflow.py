@@ -1,6 +1,7 @@
 """The Snakefile, on notebooks that take no time: what fails is named, what is done stays done."""
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -23,6 +24,8 @@ STEMS = re.findall(r'^    "(\d\d_\w+)",$', SNAKEFILE, re.MULTILINE)
 SAME, EVERY = (
     list(ast.literal_eval(line)) for line in re.findall(r"^(?:SAME|EVERY)_TASK = (.+)$", SNAKEFILE, re.MULTILINE)
 )
+# Those that have a list of tasks of their own.
+OWN = re.findall(r'^OWN_TASKS = {"(\w+)": "(.+)"\.split\(\)}$', SNAKEFILE, re.MULTILINE)
 FIRST = [stem for stem in STEMS if stem not in SAME + EVERY]
 PARAMETERS = 'task = ""\nmodel = ""\nsae_set = ""\ntables_dir = ""\nseed = 0'
 SAVE = """from pathlib import Path
@@ -109,9 +112,26 @@ def test_experiments_go_by_number_or_part_and_bring_along_those_that_they_read(p
         0, ["02_cleanup · antonyms", "08_side_effects · antonyms"])  # fmt: skip
     post = [f"{stem} · antonyms" for stem in STEMS[:5] if stem != "02_cleanup"]
     assert make(project, "experiments=post", tasks="antonyms")[::2] == (0, post)
+    numbers = [str(int(stem[:2])) for stem in STEMS]
     code, said, started = make(project, "experiments=6,10", tasks="antonyms")
     assert code != 0 and not started and "Traceback" not in said
-    assert f"Nothing was run. There is no experiment '10': EXPERIMENTS takes numbers up to {len(STEMS)}" in said
+    assert f"Nothing was run. There is no experiment '10': EXPERIMENTS takes {', '.join(numbers)} with commas" in said
+
+
+def test_an_experiment_with_tasks_of_its_own_runs_on_these_and_leaves_the_others_alone(project):
+    """A behaviour is no task of words, and `en_fr` is not among those that the experiment of behaviours runs on."""
+    ((stem, names),) = OWN
+    both = "experiments=1,22"
+    started = [f"{STEMS[0]} · en_fr", f"{stem} · register"]
+    assert make(project, both, tasks="register,en_fr")[::2] == (0, started)
+    pairs = [{"input": f"x{i}", "output": f"y{i}"} for i in range(20)]
+    mine = project / "mine.json"
+    mine.write_text(json.dumps({"kind": "behaviour", "markers": ["thou"], "pairs": pairs}))
+    code, said, _ = make(project, both, tasks=mine)
+    assert code == 0 and re.findall(r"(\d\d_\w+) · .+: running", said) == [stem]
+    code, said, started = make(project, "experiments=22", tasks="en_fr")
+    assert code != 0 and not started and "Traceback" not in said
+    assert f"Nothing was run. {stem} runs on {', '.join(names.split())}: let TASKS name some of these." in said
 
 
 def test_make_book_runs_the_experiments_of_the_post_and_make_report_all_of_them():

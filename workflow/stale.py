@@ -100,8 +100,8 @@ def _defaults(maker: Path, model: str, settings: Path = SETTINGS[0]) -> dict[str
 
 
 def _same(then: object, today: object) -> bool:
-    """Compare a recorded value with a parameter, which may be its text: [8, 10] is "8,10"; "all" is any list."""
-    if today == "all" and isinstance(then, list):
+    """Compare a recorded value with a parameter, maybe its text: [8, 10] is "8,10"; "all" and "auto" are any list."""
+    if today in ("all", "auto") and isinstance(then, list):
         return True
     return sorted(_parts(then), key=str) == sorted(_parts(today), key=str)
 

@@ -1,8 +1,8 @@
 """Claims: what the numbers that decide them rest on, the tables and the choices that all of them share.
 
-A function decorated with `number` computes one, in `post` or `real`; its name is the id of a claim, or what a sentence
-names. `ledger` compares it with what is claimed. What the numbers rest on and could have been chosen otherwise is data,
-`Choices`.
+A function decorated with `number` computes one, in `post`, `real` or `neighbours`; its name is the id of a claim, or
+what a sentence names. `ledger` compares it with what is claimed. What the numbers rest on and could have been chosen
+otherwise is data, `Choices`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The ledger: what the post, the paper and we claim (the files beside this one), and what the tables say of it.
 
-Claims and sentences stand there as data, the numbers that decide them in `post` and `real`. What the verdicts would
-be had we chosen otherwise is a table of its own, CHOICES.
+Claims and sentences stand there as data, the numbers that decide them in `post`, `real` and `neighbours`. What the
+verdicts would be had we chosen otherwise is a table of its own, CHOICES.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import pandas as pd
 import yaml
 from pandas.io.formats.style import Styler
 
-from book.ledger import claims, post, real
+from book.ledger import claims, neighbours, post, real
 from book.ledger.claims import Book, ClaimError
 from nb_utils import statistics
 from nb_utils.record import tables
 from nb_utils.show import plots
 from nb_utils.statistics import RELATIONS, Comparison
 
-PARTS = (post, real)  # where the numbers are
+PARTS = (post, real, neighbours)  # where the numbers are
 FOLDER = tables.ROOT / "book/ledger"
 # How a number in a unit is written.
 UNITS = {

@@ -44,7 +44,8 @@ DTYPES = {
     "latent": "int32", "before": "float32", "after": "float32",
     "density": "float32", "largest": "float32",
 }  # fmt: skip
-NAMES = ("task", "target", "tested", "method", "mode", "kind", "on", "which", "template", "role", "language")
+NAMES = ("task", "target", "tested", "method", "mode", "kind", "on", "which", "template", "role", "language", "place",
+         "vector")  # fmt: skip
 # Columns of a stem that hold a list of records, some of them empty: what is in them cannot be told from the first rows.
 _LOGITS = pa.list_(pa.struct({"token": pa.string(), "logit": pa.float32()}))
 _EXAMPLE = {
@@ -88,10 +89,11 @@ def versions() -> dict[str, str]:
 def data_sha256(parameters: Mapping[str, object]) -> dict[str, str]:
     """Hash the files of the tasks that the parameters ``task`` or ``tasks`` name, words and sentences alike.
 
-    And that of the parameter ``text``, below ``data``, if there is one.
+    And those of the list ``rivals``, and that of the parameter ``text``, below ``data``, if there are such.
     """
     named = [parameters["task"]] if "task" in parameters else parameters.get("tasks", [])
-    found = {path.name if kind == "word" else f"sentences of {path.name}": path
+    named = [*named, *parameters.get("rivals", [])]
+    found = {f"sentences of {path.name}" if kind == "sentence" else path.name: path
              for task in named for kind, path in tasks.files(str(task)).items()}  # fmt: skip
     if "text" in parameters:
         found[str(parameters["text"])] = tasks.DATA / str(parameters["text"])

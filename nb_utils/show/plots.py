@@ -50,6 +50,20 @@ COLORS = {
     "random_matched": "#A05A2C",
     "random_active": "#CC9F7B",
     "shuffled_labels": "#7A6F5D",
+    "theta": "#117733",
+    "theta_mean": "#0B4F6C",
+    "theta_shuffled": "#B0A17A",
+    "theta_own": "#9AA5B1",
+    "zero_mean": "#5C6B73",
+    "decoder_bias": "#C9B8A8",
+    "swap": "#AA4499",
+    "swap_codes": "#DDAADD",
+    "prune_swap": "#B33A1E",
+    "icv": "#1B7F4F",
+    "mean_difference": "#999933",
+    "prune_difference": "#8E3B86",
+    "contrast_difference": "#C9A0DC",
+    "fv_centred": "#4477AA",
 }
 MARKERS = {
     "centred_best_scale": "s",
@@ -69,6 +83,20 @@ MARKERS = {
     "random_matched": "X",
     "random_active": "<",
     "shuffled_labels": ">",
+    "theta": "p",
+    "theta_mean": "H",
+    "theta_shuffled": "p",
+    "theta_own": "*",
+    "zero_mean": "d",
+    "decoder_bias": "8",
+    "swap": "H",
+    "swap_codes": "h",
+    "prune_swap": "*",
+    "icv": "D",
+    "mean_difference": "^",
+    "prune_difference": "v",
+    "contrast_difference": "<",
+    "fv_centred": "P",
 }
 LABELS = {
     "zero_shot": "zero-shot",
@@ -94,7 +122,26 @@ LABELS = {
     "random_matched": "random, same density",
     "random_active": "random, active on arrows",
     "shuffled_labels": "shuffled answers",
+    "theta": "theta",
+    "theta_mean": "mean theta",
+    "theta_shuffled": "theta, shuffled answers",
+    "theta_own": "mean theta of the examples' task",
+    "zero_mean": "mean zero-shot separator",
+    "decoder_bias": "decoder bias",
+    "swap": "swap, added",
+    "swap_codes": "swap in features",
+    "prune_swap": "swap, pruned",
+    "icv": "in-context vector",
+    "mean_difference": "mean difference",
+    "prune_difference": "pruned difference",
+    "contrast_difference": "largest codes of it",
+    "fv_centred": "function vector",
 }
+# Where a vector of every token stands.
+PLACES = {
+    "ff": "behind the MLP's norm", "mlp": "MLP's output", "resid": "stream", "block": "one block", "arrow": "arrow",
+    "none": "no vector",
+}  # fmt: skip
 # How a prompt of each template reads, in one line.
 TEMPLATES = {
     "arrow": "x -> y", "colon": "x: y", "equals": "x = y", "question": "Q: x ⏎ A: y", "instruction": "line ⏎ x -> y",
@@ -364,6 +411,46 @@ def method_points(frame: pd.DataFrame, xlabel: str, ax: Axes | None = None) -> A
     return ax
 
 
+def effect_by_cost(frame: pd.DataFrame, value: str, ax: Axes | None = None) -> Axes:
+    """Draw what steering every token does against what it costs in prose (log axis), a line a method, place and layer.
+
+    ``frame``: method, place, layer, kl (nats), effect, a row for each strength. Where a vector turns the MLP's output
+    or the stream its line is dashed or dotted. ``value``: what the effect is.
+    """
+    ax = ax or plt.subplots(figsize=(7.6, 4.6))[1]
+    styles, ends = {"mlp": STYLES["replace"], "resid": STYLES["none"]}, []
+    for (method, place, layer), line in frame.groupby(["method", "place", "layer"], sort=False):
+        line = line.sort_values("kl")
+        ax.plot(line["kl"], line["effect"], color=_color(method), ls=styles.get(place, "-"), **_marker(method))
+        where = f"block {layer}" if place == "block" else PLACES.get(place, place)
+        ends.append((line["kl"].iloc[-1], line["effect"].iloc[-1], f"{label(method)}, {where}", _color(method)))
+    ax.axhline(0, color=INK, lw=0.8, zorder=1)
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set(xlabel="cost: KL in ordinary prose (nats a token, log scale)", ylabel=value)
+    _label_ends(ax, ends)
+    return ax
+
+
+def strength_grids(frame: pd.DataFrame, shown: Mapping[str, str]) -> Figure:
+    """Draw one small heat map per column of ``shown`` ({column: its name}): places in rows, strengths in columns.
+
+    ``frame``: place, strength and these columns, averaged where rows repeat. Numbers stand in the cells.
+    """
+    fig, axes = plt.subplots(1, len(shown), figsize=(1.8 + 2.9 * len(shown), 2.3), sharey=True, squeeze=False)
+    for ax, (column, name) in zip(axes[0], shown.items(), strict=True):
+        grid = frame.pivot_table(index="place", columns="strength", values=column, sort=False).sort_index(axis=1)
+        bound = max(np.nanmax(np.abs(grid.to_numpy()), initial=0), 1e-3)
+        norm = TwoSlopeNorm(0, -bound, bound)
+        for number, written in _heat_map(ax, grid, "RdBu_r", norm, lambda n: f"{n:.2g}".replace("-", "−")):
+            written.set_color("white" if abs(number) > 0.62 * bound else INK)
+        ax.set_title(name, fontsize=9)
+        ax.set_yticks(range(len(grid)), [PLACES.get(place, place) for place in grid.index])
+    fig.supxlabel("strength λ", fontsize=9)
+    return fig
+
+
 def _heat_map(ax: Axes, grid: pd.DataFrame, cmap: str, norm: Normalize, form=None) -> list[tuple]:
     """Draw a frame as a heat map without frame and ticks; return (number, its text) of every cell if ``form`` is given.
     """
@@ -375,6 +462,20 @@ def _heat_map(ax: Axes, grid: pd.DataFrame, cmap: str, norm: Normalize, form=Non
     ax.grid(False)
     ax.spines[:].set_visible(False)
     return [(n, ax.text(j, i, form(n), ha="center", va="center", fontsize=8)) for i, j, n in cells]
+
+
+def head_map(frame: pd.DataFrame, value: str = "effect", ax: Axes | None = None, bound: float | None = None) -> Axes:
+    """Draw a number of every head, heads by blocks: red above zero, blue below.
+
+    ``frame``: columns layer, head and ``value``, one row a head. ``bound``: the end of the scale, so that several maps
+    share one (None: the largest number).
+    """
+    ax = ax or plt.subplots(figsize=(7.2, 2.2))[1]
+    grid = frame.pivot(index="head", columns="layer", values=value)
+    bound = bound or max(np.nanmax(np.abs(grid.to_numpy(float))), 1e-9)
+    _heat_map(ax, grid, "RdBu_r", TwoSlopeNorm(0, -bound, bound))
+    ax.set(xlabel="block", ylabel="head")
+    return ax
 
 
 def steering_heatmaps(raw: pd.DataFrame, gain: pd.DataFrame, in_raw: pd.DataFrame, in_clean: pd.DataFrame) -> Figure:
