@@ -1,5 +1,5 @@
 # book: run the post's experiments on three tasks and build the book · report: all of them on every task · test: the suite
-# More: html (only rebuild the pages) stale map serve lab lint saes evidence explore tasks bench audit clean. Each target installs what it needs into .venv.
+# More: html (only rebuild the pages) stale map serve lab lint saes grow evidence explore tasks bench audit clean. Each target installs what it needs into .venv.
 
 # The versions of Python that will do, as pyproject.toml says: >=3.11.5,<3.14. The newest that runs is taken.
 PYTHONS := $(shell sed -n 's/^requires-python = "\(.*\)"/\1/p' pyproject.toml)
@@ -80,6 +80,9 @@ saes: model
 	$(BIN)/python -m workflow.build_corpus
 	$(BIN)/python -m workflow.train_saes
 	$(BIN)/python -m workflow.measure_saes
+
+grow: .venv/installed
+	$(BIN)/python -m workflow.grow
 
 evidence: model
 	$(BIN)/python -m workflow.collect_evidence --model "$$BOOK_MODEL" --sae-set "$$BOOK_SAE_SET"

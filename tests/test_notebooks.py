@@ -13,11 +13,13 @@ import pytest
 import yaml
 
 from nb_utils.record import tables
-from workflow import runs, stale
+from workflow import grow, grown, runs, stale
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = sorted((ROOT / "book/experiments").glob("*.ipynb"))
 FINDINGS = sorted((ROOT / "book/findings").glob("*.ipynb"))
+SNAKEFILE = (ROOT / "workflow/Snakefile").read_text()
+OWN = {"24_grown_vectors": "offset"}  # experiments that bring their models, and a task of theirs
 COMMON = ("task", "model", "sae_set", "layers", "tables_dir")
 # A tiny run of every experiment: the parameters that all share, and sizes for those that an experiment has.
 TINY = {"task": "antonyms", "model": "tiny", "sae_set": "shipped", "layers": "2,3"}
@@ -28,7 +30,8 @@ SIZES = {
     "repeat_layers": "3", "longer": "8", "first_cuts": "12", "often": 12,
     "n_dev": 6, "n_rivals": 1, "sae_layers": "2,3", "swap_sizes": "4,2", "n_mean": 6, "n_effect": 6,
     "mean_rates": "1,2", "refit_rates": "0.05,0.1", "dense_rates": "0.02,0.05",
-    "tries": 1, "budgets": "0.3", "strengths": "0.01,0.1", "n_pairs": "8,3", "n_heads": 3, "arrow_scales": "0.5,1",
+    "tries": 1, "budgets": "0.3,1", "strengths": "0.01,0.1", "n_pairs": "8,3", "n_heads": 3, "arrow_scales": "0.5,1",
+    "n_streams": 4, "n_latents": 32, "k": 4, "sae_steps": 3, "rates": "0.05,0.1",
 }  # fmt: skip
 # Prose is held to paths too: this finds folders at the root of a disk and ~/, not a fraction or a route.
 ABSOLUTE = re.compile(r"(?<![\w.:/])/(?:home|root|Users|tmp|work|mnt|data|opt|var)/|[A-Z]:\\\\|(?<!\w)~/")
@@ -45,17 +48,18 @@ def read(path):
 EXPLORE = ROOT / "book/explore.ipynb"
 every_notebook = pytest.mark.parametrize("path", [*EXPERIMENTS, *FINDINGS, EXPLORE], ids=name)
 every_experiment = pytest.mark.parametrize("path", EXPERIMENTS, ids=name)
+of_text = pytest.mark.parametrize("path", [path for path in EXPERIMENTS if path.stem not in OWN], ids=name)
 
 
 def test_each_experiment_has_its_finding_and_its_place_in_the_workflow():
     stems = [path.stem for path in EXPERIMENTS]
     assert stems, "there are no experiments"
     assert {stem[:2] for stem in stems} <= {path.stem[:2] for path in FINDINGS}
-    snakefile = (ROOT / "workflow/Snakefile").read_text()
-    listed = re.findall(r'^    "(\d\d_\w+)",$', snakefile, re.MULTILINE)
+    listed = re.findall(r'^    "(\d\d_\w+)",$', SNAKEFILE, re.MULTILINE)
     assert sorted(listed) == stems and [stem[:2] for stem in listed] == sorted(stem[:2] for stem in stems)
     for stem, others in workflow_needs().items():
         assert all(listed.index(other) < listed.index(stem) for other in others), f"{stem} reads tables of later ones"
+    assert set(OWN) == set(stems) & set(tables.OWN_MODELS)
 
 
 @every_notebook
@@ -107,7 +111,7 @@ def test_parameters_come_first_and_are_flat_scalars(path):
     first = next(cell for cell in read(path).cells if cell.cell_type == "code")
     assert first.metadata.get("tags") == ["parameters"]
     defaults = runs.known_parameters(path)
-    assert set(COMMON) <= set(defaults)
+    assert set(COMMON if path.stem not in OWN else ("task", "tables_dir")) <= set(defaults)
     assert all(isinstance(value, str | int | float | bool) for value in defaults.values())
 
 
@@ -148,7 +152,18 @@ def test_settings_of_the_workflow_ask_of_an_experiment_only_what_those_before_it
             assert asked(stem, "seeds") == ["1"] or "all" in layers | repeated or repeated <= layers, (model, stem)
 
 
-def runner(folder):
+@pytest.fixture(scope="module")
+def small_models(tmp_path_factory):
+    """Models that experiments bring, of one family and hardly trained."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        folder = tmp_path_factory.mktemp("grown")
+        sizes = {"d_model": 16, "d_mlp": 16, "heads": 2, "batch": 4, "steps": 2, "stages": 1}
+        grow.grow_all(grown.planned(SIZES["seeds"], ("offset",), **sizes), folder)
+    return {"grown_dir": str(folder)}
+
+
+def runner(folder, small_models):
     """Run an experiment on the tiny model, once, after those whose tables it reads; return the folder of tables."""
     needs, done = workflow_needs(), set()
 
@@ -157,8 +172,10 @@ def runner(folder):
             run(other)
         if stem not in done:
             path = ROOT / f"book/experiments/{stem}.ipynb"
-            small = {key: value for key, value in SIZES.items() if key in runs.known_parameters(path)}
-            parameters = TINY | small | {"tables_dir": str(folder)}
+            known, given = runs.known_parameters(path), SIZES | small_models
+            small = {key: value for key, value in given.items() if key in known}
+            tiny = {"task": OWN[stem]} if stem in OWN else TINY
+            parameters = tiny | small | {"tables_dir": str(folder)}
             runs.execute(path, parameters, folder / f"{stem}.ipynb", folder / f"{stem}.log")
             done.add(stem)
         return folder
@@ -167,12 +184,12 @@ def runner(folder):
 
 
 @pytest.fixture(scope="module")
-def tables_of(tmp_path_factory):
-    return runner(tmp_path_factory.mktemp("tables"))
+def tables_of(tmp_path_factory, small_models):
+    return runner(tmp_path_factory.mktemp("tables"), small_models)
 
 
 @pytest.fixture(scope="module")
-def tables_again(tmp_path_factory):
+def tables_again(tmp_path_factory, small_models):
     """The same once more, in kernels that are forked from a warm parent, as the workflow has them."""
     folder = tmp_path_factory.mktemp("again")
     command = [sys.executable, "-m", "workflow.kernels", str(folder / "socket"), "--model", "tiny"]
@@ -182,19 +199,18 @@ def tables_again(tmp_path_factory):
         while not (folder / "socket").exists():
             assert parent.poll() is None and time.monotonic() < deadline, "the parent of the kernels did not start"
             time.sleep(0.1)
-        yield runner(folder)
+        yield runner(folder, small_models)
         parent.stdin.close()
 
 
 def workflow_needs():
     """Read from the Snakefile which experiments read the tables of others."""
-    snakefile = (ROOT / "workflow/Snakefile").read_text()
-    found = [ast.literal_eval(line) for line in re.findall(r"^(?:SAME|EVERY)_TASK = (.+)$", snakefile, re.MULTILINE)]
+    found = [ast.literal_eval(line) for line in re.findall(r"^(?:SAME|EVERY)_TASK = (.+)$", SNAKEFILE, re.MULTILINE)]
     assert len(found) == 2
     return {stem: [*found[0].get(stem, []), *found[1].get(stem, [])] for stem in {**found[0], **found[1]}}
 
 
-@every_experiment
+@of_text
 def test_an_experiment_runs_on_the_tiny_model_and_saves_its_table(path, tables_of):
     table = pd.read_parquet(tables_of(path.stem) / path.stem / "tiny/antonyms.parquet")
     assert set(table["layer"]) - {-1} == {2, 3}
@@ -206,7 +222,8 @@ def test_an_experiment_runs_on_the_tiny_model_and_saves_its_table(path, tables_o
 @every_experiment
 def test_two_runs_with_one_seed_give_the_same_bytes(path, tables_of, tables_again):
     first, second = tables_of(path.stem), tables_again(path.stem)
-    made = [table.relative_to(first) for table in first.glob(f"{path.stem}*/tiny/*.parquet")]
+    place = tables.OWN_MODELS.get(path.stem, "tiny")
+    made = [table.relative_to(first) for table in first.glob(f"{path.stem}*/{place}/*.parquet")]
     assert made
     for table in made:
         assert (first / table).read_bytes() == (second / table).read_bytes(), f"{table} differs"
@@ -214,16 +231,42 @@ def test_two_runs_with_one_seed_give_the_same_bytes(path, tables_of, tables_agai
 
 @every_experiment
 def test_a_table_says_all_that_it_depends_on(path, tables_of):
-    for table in tables_of(path.stem).glob(f"{path.stem}*/tiny/*.parquet"):
+    made = list(tables_of(path.stem).glob(f"{path.stem}*/{tables.OWN_MODELS.get(path.stem, 'tiny')}/*.parquet"))
+    assert made
+    for table in made:
         origin = tables.read_provenance(table)
         assert set(origin) == set(tables.PARTS)
         assert set(runs.known_parameters(path)) - set(stale.NOT_COMPARED) <= set(origin["parameters"])
+        if path.stem in OWN:
+            assert origin["model_sha256"] and origin["parameters"]["task"] == OWN[path.stem]
+            continue
         text = {"text/neutral.json"} if "prompts.passages" in path.read_text() else set()
         text |= {f"{rival}.json" for rival in origin["parameters"].get("rivals", [])}
         saes = {"2", "3"} if "saes.load" in path.read_text() else set()
         assert set(origin["data_sha256"]) == {"antonyms.json"} | text and set(origin["sae_sha256"]) == saes
     read = {text for text in re.findall(r'"(\d\d_[a-z_]+)"', path.read_text().replace('\\"', '"'))}
     assert set(origin["inputs"]) == {stem for stem in read if not stem.startswith(path.stem)}
+
+
+def test_grown_models_are_looked_at_everywhere_and_over_their_training(tables_of):
+    folder = tables_of("24_grown_vectors")
+    table, places, timeline, planes = (
+        pd.read_parquet(folder / f"24_grown_vectors{part}/grown/offset.parquet")
+        for part in ("", "_places", "_timeline", "_planes")
+    )
+    sorts = {(variant, seed) for variant in grown.MAIN for seed in range(SIZES["seeds"])}
+    sorts |= {(variant, 0) for variant in grown.VARIANTS}
+    for part in (table, places, timeline, planes):
+        assert set(part[["variant", "seed"]].itertuples(index=False, name=None)) == sorts
+    assert places[places["variant"].eq("deeper")].groupby(["layer", "position"]).size().to_dict() == {
+        (layer, position): 1 for layer in range(6) for position in range(24)
+    }
+    assert set(timeline["step"]) == {2} and timeline["layer"].ge(0).any()
+    cleaned = table[table["on"].eq("test")]
+    assert set(cleaned["variant"]) == set(grown.MAIN)
+    sizes = cleaned.groupby("method")["k"].apply(lambda one: sorted(set(one.dropna())))
+    assert all(sizes[method] == [2, 4, 10] for method in ("largest_codes", "prune_contrast", "prune_random"))
+    assert cleaned[cleaned["method"].eq("mean")]["cosine"].round(4).eq(1).all()
 
 
 def test_cleanup_tries_rates_and_crosses_data_and_start_where_it_has_every_seed(tables_of):

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_notebooks import SIZES, TINY
+from test_notebooks import OWN, SIZES, TINY
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -32,7 +32,7 @@ from nb_utils.show import plots
 from workflow import runs
 
 EXPERIMENTS = sorted(Path(__file__).resolve().parents[1].glob("book/experiments/*.ipynb"))
-ALL = [path.stem for path in EXPERIMENTS]
+ALL = [path.stem for path in EXPERIMENTS if path.stem not in OWN]
 SOME = ("02_cleanup", "08_side_effects")  # the second reads the first's vectors
 TUNED = ("cleaned", "pruned", "learned")  # Adam makes differences of rounding larger
 AWAY = torch.device("privateuseone:0")  # called faraway once it is registered

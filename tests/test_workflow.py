@@ -17,15 +17,18 @@ import yaml
 from filelock import FileLock
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from nb_utils.record.tables import OWN_MODELS
+
 ROOT = Path(__file__).resolve().parents[1]
 SNAKEFILE = (ROOT / "workflow/Snakefile").read_text()
-STEMS = re.findall(r'^    "(\d\d_\w+)",$', SNAKEFILE, re.MULTILINE)
+EVERYTHING = re.findall(r'^    "(\d\d_\w+)",$', SNAKEFILE, re.MULTILINE)
+STEMS = [stem for stem in EVERYTHING if stem not in OWN_MODELS]  # those that run on any model
 # Those that read tables of the same task, of every task, and of none.
 SAME, EVERY = (
     list(ast.literal_eval(line)) for line in re.findall(r"^(?:SAME|EVERY)_TASK = (.+)$", SNAKEFILE, re.MULTILINE)
 )
 # Those that have a list of tasks of their own.
-OWN = re.findall(r'^OWN_TASKS = {"(\w+)": "(.+)"\.split\(\)}$', SNAKEFILE, re.MULTILINE)
+OWN = re.findall(r'^    "(\w+)": "(.+)"\.split\(\),$', SNAKEFILE, re.MULTILINE)
 FIRST = [stem for stem in STEMS if stem not in SAME + EVERY]
 SAME = [stem for stem in SAME if stem not in EVERY]  # what reads both waits for every task
 PARAMETERS = 'task = ""\nmodel = ""\nsae_set = ""\ntables_dir = ""\nseed = 0'
@@ -50,10 +53,11 @@ def project(tmp_path):
     for settings in tmp_path.glob("workflow/*.yaml"):  # these import nothing, and have no sizes
         settings.write_text(yaml.safe_dump(yaml.safe_load(settings.read_text()) | {"parameters": {}, "forked": False}))
     (tmp_path / "book/experiments").mkdir(parents=True)
-    for stem in STEMS:
+    for stem in EVERYTHING:
+        own = OWN_MODELS.get(stem, "")
         cells = [
             new_markdown_cell(f"# {stem}"),
-            new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
+            new_code_cell(PARAMETERS.replace('model = ""', f'model = "{own}"'), metadata={"tags": ["parameters"]}),
             new_code_cell(SAVE.replace("STEM", repr(stem))),
         ]
         kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -113,18 +117,18 @@ def test_experiments_go_by_number_or_part_and_bring_along_those_that_they_read(p
         0, ["02_cleanup · antonyms", "08_side_effects · antonyms"])  # fmt: skip
     post = [f"{stem} · antonyms" for stem in STEMS[:5] if stem != "02_cleanup"]
     assert make(project, "experiments=post", tasks="antonyms")[::2] == (0, post)
-    numbers = dict.fromkeys(str(int(stem[:2])) for stem in STEMS)
+    numbers = dict.fromkeys(str(int(stem[:2])) for stem in EVERYTHING)
     heads = ["21_heads · antonyms"]
     assert make(project, "experiments=21_heads", tasks="antonyms")[::2] == (0, heads)
     assert make(project, "experiments=21", tasks="antonyms")[::2] == (0, ["21_function_vectors · antonyms"])
-    code, said, started = make(project, "experiments=6,10", tasks="antonyms")
+    code, said, started = make(project, "experiments=6,99", tasks="antonyms")
     assert code != 0 and not started and "Traceback" not in said
-    assert f"Nothing was run. There is no experiment '10': EXPERIMENTS takes {', '.join(numbers)} with commas" in said
+    assert f"Nothing was run. There is no experiment '99': EXPERIMENTS takes {', '.join(numbers)} with commas" in said
 
 
 def test_an_experiment_with_tasks_of_its_own_runs_on_these_and_leaves_the_others_alone(project):
     """A behaviour is no task of words, and `en_fr` is not among those that the experiment of behaviours runs on."""
-    ((stem, names),) = OWN
+    (stem, names), *_ = OWN
     both = "experiments=1,22"
     started = [f"{STEMS[0]} · en_fr", f"{stem} · register"]
     assert make(project, both, tasks="register,en_fr")[::2] == (0, started)
@@ -136,6 +140,18 @@ def test_an_experiment_with_tasks_of_its_own_runs_on_these_and_leaves_the_others
     code, said, started = make(project, "experiments=22", tasks="en_fr")
     assert code != 0 and not started and "Traceback" not in said
     assert f"Nothing was run. {stem} runs on {', '.join(names.split())}: let TASKS name some of these." in said
+
+
+def test_an_experiment_that_brings_its_models_runs_whatever_model_is_asked_for(project):
+    stem, task = "24_grown_vectors", "offset"
+    asked = {"tasks": f"{task},table"}
+    assert make(project, "experiments=24", **asked)[::2] == (0, [f"{stem} · {task}", f"{stem} · table"])
+    assert make(project, "experiments=24", "model=other", **asked)[::2] == (0, [])
+    (project / "grown/offset/plain.0").mkdir(parents=True)
+    (project / "grown/offset/plain.0/card.json").write_text("{}")
+    assert make(project, "experiments=24", **asked)[::2] == (0, [f"{stem} · {task}"])
+    (project / f"results/runs/tables/{stem}/{OWN_MODELS[stem]}/table.parquet").unlink()
+    assert make(project, "experiments=24", **asked)[::2] == (0, [f"{stem} · table"])
 
 
 def test_make_book_runs_the_experiments_of_the_post_and_make_report_all_of_them():

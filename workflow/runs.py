@@ -29,7 +29,7 @@ from nb_utils.record import tables
 from nb_utils.text import print_anything, verbatim, visible
 
 # Errors of the book's own modules: their message says it all, so the type is not shown.
-OWN_ERRORS = ("TaskError", "ModelError", "SaeError", "TableError", "FileError", "RunError")
+OWN_ERRORS = ("TaskError", "ModelError", "SaeError", "TableError", "FileError", "RunError", "GrownError")
 
 
 class RunError(ValueError):

@@ -130,7 +130,8 @@ def _shown(value: object) -> str:
 def _weights(origin: Mapping) -> Iterator[str]:
     """Compare the hashes of the model and of the shipped SAEs with those of the files that are here."""
     model = _model_of(origin)
-    today = _model(model)
+    own = model in tables.OWN_MODELS.values()
+    today = _model(model) if not own else _grown(origin["parameters"]) if model == "grown" else None
     if today and origin.get("model_sha256") != today:
         yield "other weights of the model"
     if not _shipped(origin):
@@ -180,6 +181,16 @@ def _model(name: str) -> str | None:
     from nb_utils import models  # it imports torch
 
     return models.sha256(name)
+
+
+def _grown(parameters: Mapping) -> str | None:
+    """Return the hash of a family of grown models; None if they are not on this machine."""
+    from workflow import grown  # it imports torch
+
+    try:
+        return grown.sha256(parameters["task"], parameters["seeds"], ROOT / parameters["grown_dir"])
+    except grown.GrownError:
+        return None
 
 
 @cache

@@ -28,7 +28,9 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = "results/tables"
 MODEL = "gemma-3-270m"
 NAMED = (MODEL, "smollm2-135m-instruct", "tiny", "random")  # models and SAEs that are taken before a folder so called
-OWN_MODELS = {"13_ground_truth": "planted"}  # experiments that bring their model, whatever model is asked for
+OWN_MODELS = {  # experiments that bring their model, whatever model is asked for
+    "13_ground_truth": "planted", "24_grown_vectors": "grown",
+}  # fmt: skip
 PACKAGES = ("numpy", "sae-lens", "torch", "transformer-lens", "transformers")
 # What the provenance of a table holds.
 PARTS = ("code", "data_sha256", "inputs", "model_sha256", "parameters", "sae_sha256", "versions")
@@ -240,7 +242,8 @@ def read_provenance(path: str | Path) -> dict[str, object]:
 def _place(stem: str, model: str, folder: str | Path | None, sae_set: str = "shipped") -> Path:
     if folder is None:
         folder = os.environ.get("NB_TABLES") or FOLDER
-    return ROOT / folder / stem / place(OWN_MODELS.get(stem, model), sae_set)
+    own = (name for other, name in OWN_MODELS.items() if f"{stem}_".startswith(f"{other}_"))
+    return ROOT / folder / stem / place(next(own, model), sae_set)
 
 
 def _paths(place: Path) -> list[Path]:

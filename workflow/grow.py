@@ -1,0 +1,150 @@
+"""Grow the book's small models: with and without a loss that asks for a task vector.
+
+Run as ``python -m workflow.grow``, on a GPU if torch finds one (``NB_DEVICE``), several models at a time. It may be
+killed at any moment: started again, there or on another device, it goes on from the last checkpoint of every model, on
+the same prompts in the same order. Models that are there already stay. Each is written whole, with its manifest, its
+card and what was measured at every stage of its training.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from nb_utils import files, models
+from workflow import grown
+from workflow.grown import Grown, GrownError, Spec
+
+WARM, FALL = 100, 0.3  # steps in which the rate rises, and the last part of training in which it falls
+DECAY = 0.01  # AdamW's
+ON_A_GPU = 8  # models at a time there: each alone leaves it idle
+HISTORY = "history"
+
+
+def grow(spec: Spec, root: str | Path = grown.SHIPPED, checkpoint_seconds: float = 60) -> Path:
+    """Train a model, going on from its checkpoint if there is one, and save it; return its folder.
+
+    One that is there already, grown as asked for, is left alone. Raises GrownError if what it starts from is missing.
+    """
+    torch.set_num_threads(1)  # the products are small, and the order of their sums must not vary
+    settings = json.dumps(asdict(spec), sort_keys=True)
+    key = hashlib.sha256(settings.encode()).hexdigest()[:12]
+    checkpoint = models.cache_dir() / "training" / f"grown.{spec.name.replace('/', '.')}.{key}.checkpoint"
+    with files.alone(checkpoint.with_suffix(".training")):  # a second process waits, and finds it done or goes on
+        if not _is_there(spec, root):
+            grown.save(learn(spec, root, checkpoint, checkpoint_seconds), root)
+            checkpoint.unlink(missing_ok=True)
+    return Path(root) / spec.name
+
+
+def _is_there(spec: Spec, root: str | Path) -> bool:
+    try:
+        return grown.load(spec.family, spec.variant, spec.seed, root).spec == spec
+    except GrownError:
+        return False
+
+
+def learn(spec: Spec, root: str | Path, checkpoint: Path, checkpoint_seconds: float) -> Grown:
+    """Return the trained model; the checkpoint is written every so often."""
+    model, device = grown.fresh(spec), torch.device(models.placement())
+    if spec.start:
+        model.hf.load_state_dict(grown.load(spec.family, spec.start, spec.seed, root).hf.state_dict())
+    model.hf.to(device)
+    named = dict(model.hf.named_parameters())
+    optimizer = torch.optim.AdamW(named.values(), lr=spec.rate, weight_decay=DECAY, fused=True)
+    done, history = 0, []
+    if stored := files.unsealed(checkpoint):
+        done, history = _put_back(safetensors.torch.load(stored), named, optimizer)
+        print(f"{spec.name}: continuing after step {done}", flush=True)
+    saved = time.time()
+    for step in range(done, spec.steps):
+        loss = _step(model, optimizer, step)
+        if (step + 1) * spec.stages // spec.steps > step * spec.stages // spec.steps:
+            history += [{"step": step + 1, **row} for row in measured(model)]
+            print(f"{spec.name}: {step + 1}/{spec.steps}, losses {' and '.join(f'{x:.2f}' for x in loss)}", flush=True)
+        if time.time() - saved > checkpoint_seconds:
+            files.seal(checkpoint, safetensors.torch.save(_state(step + 1, history, named, optimizer)))
+            saved = time.time()
+    return Grown(spec, model.hf, tuple(history))
+
+
+def _step(model: Grown, optimizer: torch.optim.Optimizer, step: int) -> tuple[float, float]:
+    """Take one step, on prompts that its number draws; return both losses."""
+    spec, tasks = model.spec, model.family.trained
+    generator = torch.Generator().manual_seed(spec.seed << 32 | step)
+    drawn = tasks[torch.randint(len(tasks), (spec.batch,), generator=generator)]
+    in_context, by_vector = grown.losses(model, grown.draw(model.family, drawn, spec.pairs, generator))
+    falling = min(1.0, (1 - step / spec.steps) / FALL)
+    optimizer.param_groups[0]["lr"] = spec.rate * min(1.0, (step + 1) / WARM) * falling
+    optimizer.zero_grad()
+    (in_context + spec.weight * by_vector).backward()
+    optimizer.step()
+    return in_context.detach(), by_vector.detach()
+
+
+def measured(model: Grown) -> list[dict]:
+    """Return what a stage keeps: rows of `grown.in_context` and of `grown.by_vector`, rounded."""
+    rows = [*grown.in_context(model, grown.SHOWN), *grown.by_vector(model, grown.SHOWN)]
+    return [row | {name: round(row[name], 4) for name in ("loss", "accuracy")} for row in rows]
+
+
+def _state(done, history, named, optimizer) -> dict[str, torch.Tensor]:
+    said = torch.frombuffer(bytearray(json.dumps([done, history]).encode()), dtype=torch.uint8)
+    found = {HISTORY: said} | {name: weight.detach().cpu() for name, weight in named.items()}
+    for name, weight in named.items():
+        found |= {f"adam.{name}.{key}": value.cpu() for key, value in optimizer.state[weight].items()}
+    return found
+
+
+@torch.no_grad()
+def _put_back(state, named, optimizer) -> tuple[int, list[dict]]:
+    for name, weight in named.items():
+        weight.copy_(state[name])
+        optimizer.state[weight] = {
+            key: state[f"adam.{name}.{key}"].to(weight.device) for key in ("step", "exp_avg", "exp_avg_sq")
+        }
+    done, history = json.loads(bytes(state[HISTORY].tolist()))
+    return done, history
+
+
+def grow_all(wanted: Sequence[Spec], root: str | Path = grown.SHIPPED, jobs: int = 1, **more: object) -> None:
+    """Grow models, so many at a time; those that start from another one come after the rest."""
+    job = partial(grow, root=root, **more)
+    for wave in ([spec for spec in wanted if not spec.start], [spec for spec in wanted if spec.start]):
+        if jobs == 1:
+            list(map(job, wave))
+        elif wave:  # processes of their own: a fork of one that has used a GPU cannot use it
+            with ProcessPoolExecutor(min(jobs, len(wave)), get_context("spawn")) as pool:
+                list(pool.map(job, wave))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m workflow.grow", description=__doc__.splitlines()[0])
+    parser.add_argument("--families", default=",".join(grown.FAMILIES), help="with commas between them")
+    parser.add_argument("--seeds", type=int, default=3, help="models of each sort")
+    parser.add_argument("--steps", type=int, default=Spec.steps)
+    parser.add_argument("--jobs", type=int, help="models at a time (one a core; on a GPU several)")
+    parser.add_argument("--checkpoint-seconds", type=float, default=60)
+    parser.add_argument("--out", default=str(grown.SHIPPED))
+    asked = parser.parse_args(argv)
+    try:
+        jobs = asked.jobs or (ON_A_GPU if models.placement() != "cpu" else len(os.sched_getaffinity(0)))
+        names = [grown.family(name.strip()).name for name in asked.families.split(",")]
+        wanted = grown.planned(asked.seeds, names, steps=asked.steps)
+        grow_all(wanted, asked.out, jobs, checkpoint_seconds=asked.checkpoint_seconds)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()
