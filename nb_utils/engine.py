@@ -10,6 +10,7 @@ What comes in may lie anywhere. Losses come out where their vectors lie; all els
 
 import os
 from collections import UserDict
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -20,12 +21,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nb_utils import layouts
-from nb_utils.models import Model
+from nb_utils.models import Model, ModelError
 from nb_utils.prompts import Prompt
 
 BYTE_BUDGET = int(os.environ.get("NB_BYTE_BUDGET") or 1 << 28)  # what one chunk of vectors may take on a CPU
 VOCABULARY_BLOCK = 2048  # logits computed at a time there: they stay in its cache until they are summed
 
+
+# What `Site.scored` is given: (site, which of the changes, whose prompts) -> what the unembedding reads.
+Change = Callable[["Site", Int[Tensor, " part"], Int[Tensor, " batch"]], Float[Tensor, "part n_labels d_model"]]
 
 _CACHE = object()  # stands for the cache among what the model passes to a block, whatever the block calls it
 
@@ -83,6 +87,7 @@ class Site:
     prompts: tuple[Prompt, ...]
     frozen: _Frozen
     given: tuple[tuple[tuple, dict], ...]  # what the model passes to each block for the suffix, beside the stream
+    entering: Float[Tensor, "batch suffix d_model"]  # what enters the first block
     residual: tuple[Float[Tensor, "batch suffix d_model"], ...]  # output of each block, unsteered
     rows: Int[Tensor, "2 n_labels"]  # (prompt, position) of every answer token to predict
     labels: Int[Tensor, " n_labels"]
@@ -130,9 +135,11 @@ class Site:
             **layout.positions(order[:, :before]),
         ).past_key_values
         frozen = _Frozen([(layer.keys, layer.values) for layer in cache.layers])
-        given, residual = [], []
+        given, residual, entering = [], [], []
 
         def listen(block, args, kwargs):
+            if not entering:
+                entering.append(args[0] if args else kwargs["hidden_states"])
             kwargs = {name: held(value) for name, value in kwargs.items() if name != "hidden_states"}
             given.append((tuple(held(value) for value in args[1:]), kwargs))
 
@@ -149,7 +156,7 @@ class Site:
             )
         as_tensor = lambda values: torch.tensor(values, device=device)  # noqa: E731
         targets = as_tensor(rows).T, as_tensor(labels), as_tensor(place)
-        return cls(model, tuple(prompts), frozen, tuple(given), tuple(residual), *targets, at)
+        return cls(model, tuple(prompts), frozen, tuple(given), entering[0], tuple(residual), *targets, at)
 
     @property
     def budget(self) -> int:
@@ -168,8 +175,11 @@ class Site:
 
         ``mode``: "add" to the residual stream at the steered position, or "replace" it. Differentiable in ``vectors``.
         """
-        stream = self.model.layout.norm(self._run(vectors, layer, mode))
-        return stream[:, self.rows[0], self.rows[1]]
+        return self.read_by(self._run(vectors, layer, mode))
+
+    def read_by(self, streams: Float[Tensor, "n batch suffix d_model"]) -> Float[Tensor, "n n_labels d_model"]:
+        """Return what the unembedding reads at every answer position of streams that left the last block."""
+        return self.model.layout.norm(streams)[:, self.rows[0], self.rows[1]]
 
     @torch.no_grad()
     def read(
@@ -185,20 +195,25 @@ class Site:
         if mode not in ("add", "replace"):
             raise ValueError(f"mode is 'add' or 'replace', not {mode!r}.")
         base = self.residual[layer]
-        n, (batch, suffix, d_model) = len(vectors), base.shape
-        v = vectors.to(base)[:, None, :].expand(n, batch, d_model)
+        n = len(vectors)
+        v = vectors.to(base)[:, None, :].expand(n, len(base), -1)
         first = base[:, 0] + v if mode == "add" else v
-        stream = torch.cat([first[:, :, None], base[:, 1:].expand(n, -1, -1, -1)], dim=2)
-        stream = stream.reshape(n * batch, suffix, d_model)
-        blocks, seen = self.model.layout.blocks[layer + 1 : end], {}
+        return self.replay(torch.cat([first[:, :, None], base[:, 1:].expand(n, -1, -1, -1)], dim=2), layer + 1, end)
+
+    def replay(
+        self, streams: Float[Tensor, "n batch suffix d_model"], first: int, end: int | None = None
+    ) -> Float[Tensor, "n batch suffix d_model"]:
+        """Run blocks ``first`` to ``end`` (not included; None: the last one too) on the suffix, for many streams."""
+        n, batch = streams.shape[:2]
+        stream, seen = streams.flatten(0, 1), {}
 
         def copied(value):
             return self.frozen if value is _CACHE else _copies(value, batch, n)
 
-        for block, given in zip(blocks, self.given[layer + 1 : end], strict=True):
+        for block, given in zip(self.model.layout.blocks[first:end], self.given[first:end], strict=True):
             args, kwargs = _changed(given, copied, seen)
             stream = layouts.stream(block(stream, *args, **kwargs))
-        return stream.view(n, batch, suffix, d_model)
+        return stream.view(streams.shape)
 
     def loss(self, vectors, layer: int, mode: str = "add", vocabulary=None) -> Float[Tensor, " n"]:
         """Return the mean over prompts of the summed NLL of the answer tokens kept; differentiable in ``vectors``.
@@ -218,11 +233,15 @@ class Site:
         return (self._nll(vectors, layer, mode, vocabulary).sum(-1) / len(self.prompts)).to(vectors.device)
 
     def _nll(self, vectors, layer, mode, vocabulary) -> Float[Tensor, "n n_labels"]:
-        hidden, layout = self.hidden(vectors, layer, mode), self.model.layout
+        return self.nll(self.hidden(vectors, layer, mode), vocabulary)
+
+    def nll(self, hidden: Float[Tensor, "n n_labels d_model"], vocabulary=None) -> Float[Tensor, "n n_labels"]:
+        """Return the NLL (nats) of every answer token from what the unembedding reads; differentiable."""
+        layout = self.model.layout
         rows, labels = (layout.unembedding(), self.labels) if vocabulary is None else (
             (vocabulary.weight, vocabulary.bias), vocabulary.index[self.labels])
         logits = layout.logits(hidden, *rows)
-        return logits.logsumexp(-1) - logits.gather(-1, labels.expand(len(vectors), -1)[..., None])[..., 0]
+        return logits.logsumexp(-1) - logits.gather(-1, labels.expand(len(hidden), -1)[..., None])[..., 0]
 
     def captured(self, n: int, layer: int, mode: str = "add", vocabulary=None, batch: int | None = None):
         """Return the loss of ``n`` vectors as a CUDA graph: a function of them and of the ``batch`` prompts to take.
@@ -299,15 +318,29 @@ class Site:
 
         ``reference``: log-probabilities of the first answer token to which ``Scores.kl`` refers.
         """
-        chunks = vectors.split(self._chunk(1, 3 * VOCABULARY_BLOCK))
-        parts = [self._score(part, layer, mode, reference) for part in chunks]
+        return self.scored(lambda site, part, owners: site.hidden(vectors[part], layer, mode), len(vectors), reference)
+
+    @torch.no_grad()
+    def scored(self, change: Change, n: int, reference: Float[Tensor, "batch vocab"] | None = None) -> Scores:
+        """Score ``n`` changes of whatever kind as `evaluate` scores vectors.
+
+        ``change(site, part, owners)`` returns what the unembedding reads [len(part), n_labels, d_model] with some of
+        the changes on a site of the same prompts, longer ones perhaps, some of them left out; ``owners``: which prompt
+        of this site each of that one's is.
+        """
+        parts = [self._score(change, part, reference) for part in self.parts(n)]
         return Scores(*(torch.cat([getattr(part, name) for part in parts]) for name in Scores.__dataclass_fields__))
 
-    def _score(self, vectors, layer, mode, reference) -> Scores:
-        hidden = self.hidden(vectors, layer, mode)
+    def parts(self, n: int, blocks: int = 1, width: int = 3 * VOCABULARY_BLOCK) -> tuple[Int[Tensor, " part"], ...]:
+        """Cut ``n`` changes into parts that fit into the budget, each holding ``blocks`` and ``width`` logits a label.
+        """
+        return torch.arange(n).split(self._chunk(blocks, width))
+
+    def _score(self, change, part, reference) -> Scores:
+        hidden = change(self, part, torch.arange(len(self.prompts)))
         reference = None if reference is None else reference.to(hidden.device)
         nll, best, kl = (found.cpu() for found in self._read_out(hidden, reference))
-        shape = (len(vectors), len(self.prompts), int(self.place.max()) + 1)
+        shape = (len(part), len(self.prompts), int(self.place.max()) + 1)
         spots = (slice(None), self.rows[0].cpu(), self.place.cpu())
         padded, hit = torch.full(shape, float("nan")), torch.zeros(shape, dtype=torch.bool)
         padded[spots], hit[spots] = nll, best == self.labels.cpu()
@@ -317,10 +350,10 @@ class Site:
         accepted = torch.stack(
             [torch.isin(first[:, i], torch.tensor([a[0] for a in p.accepted])) for i, p in enumerate(self.prompts)], 1
         )
-        exact = self._exact(vectors, layer, mode, first, (hit | padded.isnan()).all(-1))
+        exact = self._exact(change, part, first, (hit | padded.isnan()).all(-1))
         return Scores(padded, hit, accepted, exact, kl)
 
-    def _exact(self, vectors, layer, mode, first, whole) -> Float[Tensor, "n batch"]:
+    def _exact(self, change, part, first, whole) -> Float[Tensor, "n batch"]:
         """Say where an answer that counts is given and the line ended, as `Scores` has it.
 
         ``first``: the token that is said first. ``whole``: whether all that is kept of the answer is said. The model
@@ -335,8 +368,8 @@ class Site:
         )
         if len(due := (given.any(0) & ~cut[owners]).nonzero()[:, 0]):
             site = self._ended.take(due)
-            parts = vectors.split(site._chunk(1, 3 * VOCABULARY_BLOCK))
-            said = torch.cat([site._read_out(site.hidden(part, layer, mode), None)[1].cpu() for part in parts])
+            parts = [part[some] for some in site.parts(len(part))]
+            said = torch.cat([site._read_out(change(site, one, owners[due]), None)[1].cpu() for one in parts])
             tokens, which = said.unique(return_inverse=True)
             given[:, due] &= torch.tensor([_ends_line(self.model, token) for token in tokens.tolist()])[which]
         exact = torch.zeros(whole.shape).index_add(1, owners, given.float()).clamp(max=1)
@@ -406,18 +439,16 @@ class Site:
         return self.model.layout.logits(_single(hidden)).log_softmax(-1).cpu()
 
     def take(self, order: Int[Tensor, " kept"]) -> "Site":
-        """Return the site of some of the prompts, without running the model."""
+        """Return the site of some of the prompts, one perhaps several times, without running the model."""
         order = order.to(self.rows.device)
-        new = torch.full((len(self.prompts),), -1, device=order.device)
-        new[order] = torch.arange(len(order), device=order.device)
-        here = new[self.rows[0]] >= 0
+        here, new = (self.rows[0, :, None] == order).nonzero(as_tuple=True)
         return replace(
             self,
             prompts=tuple(self.prompts[i] for i in order.tolist()),
             frozen=_Frozen([(keys[order], values[order]) for keys, values in self.frozen.layers]),
             given=_changed(self.given, lambda value: _rows(value, len(self.prompts), order), {}),
-            residual=tuple(stream[order] for stream in self.residual),
-            rows=torch.stack([new[self.rows[0, here]], self.rows[1, here]]),
+            entering=self.entering[order], residual=tuple(stream[order] for stream in self.residual),
+            rows=torch.stack([new, self.rows[1, here]]),
             labels=self.labels[here], place=self.place[here],
         )
 
@@ -545,3 +576,113 @@ def _changed(value, change, seen: dict):
             new = change(value)
         seen[id(value)] = new
     return seen[id(value)]
+
+
+# Is the engine exact on this model? Two short prompts through it and through the plain model, compared. The plain side
+# is an unpadded forward pass of the whole transformers model with a hook on one block; it shares no code with what
+# stands above. The test runs when a model is loaded that is not one of ours, so that a class that the engine does not
+# replay is refused in a sentence, whatever the reason, and none is silently wrong.
+
+TEXT = "hot -> cold\nbig -> small"
+LENGTHS = (12, 7)  # tokens of the two prompts: the shorter one is padded
+ANSWER = 2
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # nats a prompt, and share of the gradient's length
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+HALF = 0.5  # in half the plain pass rounds its logits, which moved losses by .13; a bias left out moves them by .6
+
+
+def check(model: Model) -> None:
+    """Compare the engine with the plain model on two short prompts.
+
+    Raises ModelError if they differ, or if the engine cannot run it.
+
+    Steers after two blocks in both modes at a token in the middle of the prompts, and compares every loss and the
+    gradient of their sum.
+    """
+    kind, advice = type(model.hf).__name__, "use another model"
+    try:
+        loss, gradient = differences(model)
+    except layouts.LayoutError as error:
+        raise ModelError(f"{model.name!r} is a {kind}, which {error}: {advice}.") from error
+    except Exception as error:  # anything that a class of somebody else's can raise
+        raise ModelError(
+            f"{model.name!r} is a {kind}, which the engine cannot replay block by block ({_reason(model, error)}): "
+            f"{advice}."
+        ) from error
+    bound = TOLERANCE.get(model.dtype, HALF)
+    if not (loss <= bound and gradient <= bound):  # also where one of them is not a number
+        raise ModelError(
+            f"{model.name!r} is a {kind}, on which the engine is not exact: losses differ from a plain forward pass by "
+            f"{loss:.1e} nats, gradients by {gradient:.1e} of their length: {advice}."
+        )
+
+
+def _reason(model, error: Exception) -> str:
+    """Say what is not handled: kinds of blocks that keep no keys and values, or what went wrong."""
+    others = sorted(set(getattr(model.layout.config, "layer_types", None) or ()) - ATTENTION)
+    if others:
+        return f"it has blocks of the kind {', '.join(others)}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+
+
+def differences(model) -> tuple[float, float]:
+    """Return the largest difference in loss (nats a prompt) and the relative one of the gradient."""
+    prompts = short_prompts(model.tokenizer)
+    site = Site.prepare(model, prompts)
+    layers = sorted({0, (model.n_layers - 1) // 2})
+    cases = [(layer, mode) for layer in layers for mode in ("add", "replace")]
+    # Two vectors a case, of the length of the stream that they meet and of no prompt's direction.
+    lengths = torch.stack([site.at(layer).float().norm(dim=-1).mean() for layer, _ in cases])
+    noise = torch.randn(len(cases), 2, model.d_model, generator=torch.Generator().manual_seed(0))
+    start = noise * (lengths[:, None] / noise.norm(dim=-1))[..., None]
+
+    ours, theirs = (start.to(model.device).requires_grad_() for _ in range(2))
+    losses = torch.stack([site.loss(vectors, *case) for vectors, case in zip(ours, cases, strict=True)])
+    expected = torch.stack([plain_losses(model, prompt, theirs, cases) for prompt in prompts], -1)
+    (gradient,) = torch.autograd.grad(losses.sum(), ours)
+    (reference,) = torch.autograd.grad(expected.mean(-1).sum(), theirs)
+    scored = torch.stack([site.evaluate(v, *case).nll.nansum(-1) for v, case in zip(start, cases, strict=True)])
+    off = (scored - expected.cpu()).abs().max(), (losses - expected.mean(-1)).abs().max().cpu()
+    return max(off).item(), ((gradient - reference).norm() / reference.norm().clamp_min(1e-9)).item()
+
+
+def short_prompts(tokenizer) -> list[Prompt]:
+    """Return two prompts of unequal length, made of tokens as the tokenizer gives them."""
+    ids = probe(tokenizer)
+    return [
+        Prompt(tuple(ids[:n]), (n - ANSWER - 2,), (), tuple(ids[n - ANSWER : n]), (tuple(ids[n - ANSWER : n]),))
+        for n in LENGTHS
+    ]
+
+
+def probe(tokenizer) -> list[int]:
+    """Return some tokens as the tokenizer gives them, the first as it begins a text."""
+    return (tokenizer(TEXT)["input_ids"] * LENGTHS[0])[: LENGTHS[0]]  # whatever it makes of the words, there are enough
+
+
+def plain_losses(model, prompt: Prompt, vectors: Tensor, cases) -> Tensor:
+    """Return the loss [cases, n] of ``vectors`` [cases, n, d_model] in one unpadded forward pass, one a row."""
+    at, handles, n = prompt.separators[-1], [], vectors.shape[1]
+    for layer in {layer for layer, _ in cases}:
+
+        def steer(block, args, out, layer=layer):
+            stream = out[0] if isinstance(out, tuple) else out
+            rows = list(stream)
+            for i, (steered, mode) in enumerate(cases):
+                for j in range(n * i, n * (i + 1)) if steered == layer else ():
+                    vector = vectors[i, j - n * i].to(stream)
+                    here = rows[j][at] + vector if mode == "add" else vector
+                    rows[j] = torch.cat([rows[j][:at], here[None], rows[j][at + 1 :]])
+            return (torch.stack(rows), *out[1:]) if isinstance(out, tuple) else torch.stack(rows)
+
+        handles.append(model.layout.blocks[layer].register_forward_hook(steer))
+    try:
+        ids = torch.tensor([prompt.ids[:-1]] * n * len(cases), device=model.device)
+        logits = model.hf(ids, use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    answer = torch.tensor(prompt.answer, device=model.device)
+    log_probs = logits[:, -len(answer) :].float().log_softmax(-1)
+    losses = -log_probs[:, torch.arange(len(answer)), answer].sum(-1)
+    return losses.view(len(cases), n)

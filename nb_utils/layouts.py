@@ -2,7 +2,7 @@
 
 Transformers' classes call the same parts by different names, and put a bias, a scale or a soft cap between the last
 hidden state and the logits. `Layout` is the one place that knows. Whether it is right for a model is not taken on
-trust: `nb_utils.selftest` runs when the model is loaded.
+trust: `engine.check` runs when the model is loaded.
 """
 
 import inspect
@@ -16,6 +16,13 @@ from torch import Tensor
 NORMS = (
     "norm", "ln_f", "final_layer_norm", "final_layernorm", "layer_norm", "norm_f", "final_norm", "embedding_norm",
 )  # fmt: skip
+ATTENTION = ("self_attn", "self_attention", "attention", "attn")  # what a block calls its attention
+OUTPUT = ("o_proj", "out_proj", "dense", "c_proj", "wo")  # and that its output projection, which mixes the heads
+# What a block calls a norm between attention and the stream, and that after the MLP, which only such blocks have:
+# elsewhere the first name is that of the norm before the MLP.
+AFTER_ATTENTION = {
+    "post_attention_layernorm": "post_feedforward_layernorm", "post_self_attn_layernorm": "post_mlp_layernorm",
+}  # fmt: skip
 SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}  # 1: logits are multiplied, -1: divided
 STRETCHED = ("dynamic", "longrope")  # rotary frequencies that depend on the length of the text
 
@@ -76,6 +83,34 @@ class Layout:
                 bounds.append(part.get("original_max_position_embeddings"))
                 bounds.append(number(self.config, "original_max_position_embeddings"))
         return min(filter(None, bounds), default=None)
+
+    def mixer(self, layer: int) -> torch.nn.Module:
+        """Return the output projection of a block's attention, which reads the heads' outputs side by side.
+
+        Raises LayoutError if it has none where we look for one, or one that heads don't share equally.
+        """
+        block = self.blocks[layer]
+        inside = [part for name in ATTENTION if (part := getattr(block, name, None)) is not None]
+        inside += [getattr(part, "attention", None) for part in inside]  # GPT-Neo wraps its attention once more
+        found = [getattr(part, name) for part in inside for name in OUTPUT if hasattr(part, name)]
+        if not found:
+            raise LayoutError("has no output projection of attention where we look for one")
+        if isinstance(heads := self.n_heads, int) and found[0].weight.numel() % (heads * self.d_model) == 0:
+            return found[0]
+        raise LayoutError("has an output projection of attention that its heads do not share equally")
+
+    def mixing(self, layer: int) -> Float[Tensor, "heads d_model d_head"]:
+        """Return what each head's output is multiplied by: W_O, cut into heads, and the block's residual multiplier."""
+        mixer = self.mixer(layer)
+        weight = mixer.weight.T if type(mixer).__name__ == "Conv1D" else mixer.weight  # GPT-2 stores it transposed
+        weight = weight * float(getattr(self.config, "residual_multiplier", None) or 1)
+        return weight.unflatten(1, (self.n_heads, -1)).transpose(0, 1)
+
+    def after_attention(self, layer: int) -> torch.nn.Module | None:
+        """Return the norm that a block's attention passes through before it is added; None where there is none."""
+        block = self.blocks[layer]
+        found = [getattr(block, name, None) for name, mate in AFTER_ATTENTION.items() if hasattr(block, mate)]
+        return next(iter(found), None)
 
     def positions(self, numbers: Tensor) -> dict:
         """Return the argument that tells ``core`` the position of each token, if it takes one."""

@@ -117,9 +117,9 @@ class Model:
 
         Raises ModelError if they are not.
         """
-        from nb_utils import selftest
+        from nb_utils import engine
 
-        ids = torch.tensor([selftest.tokens(self.tokenizer)], device=self.device)
+        ids = torch.tensor([engine.probe(self.tokenizer)], device=self.device)
         ours, theirs = self.hf(ids).logits.float(), bridge(ids).float()
         bound = 1e-3 if self.dtype.itemsize > 2 else 0.1
         if not (ours - theirs).norm() <= bound * ours.norm():
@@ -200,7 +200,7 @@ def load(name: str = "gemma-3-270m", device: str | None = None, dtype: torch.dty
 
     ``device``: where to (None: as `placement` says). ``dtype``: of its weights (None: as `precision` says). Raises
     ModelError when the name is unknown, a file does not hash to what it should, there is no room to convert it, or the
-    engine is not exact on it (`nb_utils.selftest`; ``NB_SELF_TEST=0`` takes it on trust).
+    engine is not exact on it (`engine.check`; ``NB_SELF_TEST=0`` takes it on trust).
     """
     device = placement() if device is None else device
     dtype = precision() if dtype is None else dtype
@@ -252,9 +252,9 @@ def _tested_here(device: torch.device) -> bool:
 def _self_tested(model: Model) -> Model:
     """Return the model if the engine is exact on it, or if ``NB_SELF_TEST=0`` says to take that on trust."""
     if os.environ.get("NB_SELF_TEST") != "0":
-        from nb_utils import selftest
+        from nb_utils import engine
 
-        selftest.check(model)
+        engine.check(model)
     return model
 
 

@@ -274,7 +274,7 @@ def test_asking_for_the_end_of_the_line_leaves_losses_to_the_last_bit(brief, mon
     scores = engine.Site.prepare(brief, batch).evaluate(vectors, 1)
     assert scores.hit.any()
     site = engine.Site.prepare(brief, batch)
-    monkeypatch.setattr(engine.Site, "_exact", lambda self, vectors, *rest: torch.zeros(len(vectors), len(batch)))
+    monkeypatch.setattr(engine.Site, "_exact", lambda self, change, part, *rest: torch.zeros(len(part), len(batch)))
     assert torch.equal(site.evaluate(vectors, 1).nll, scores.nll)
 
 

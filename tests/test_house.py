@@ -11,7 +11,7 @@ from workflow import map as house
 
 ORDER = list(house.ROOMS)
 # A model is tested, when it is loaded, by the engine that runs it: the one import that waits for a call and points up.
-AT_LOAD = ("nb_utils.models", "nb_utils.selftest")
+AT_LOAD = ("nb_utils.models", "nb_utils.engine")
 
 
 @pytest.fixture(scope="module")

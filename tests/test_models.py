@@ -19,7 +19,7 @@ import pytest
 import torch
 from tokenizers import pre_tokenizers
 
-from nb_utils import engine, models, prompts, selftest, tasks
+from nb_utils import engine, models, prompts, tasks
 from nb_utils.models import ModelError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -396,9 +396,9 @@ def test_a_class_that_the_engine_does_not_replay_is_one_sentence_unless_taken_on
 @pytest.mark.parametrize("wrong", [{"scale": 1.1}, {"cap": 5.0}, {"norm": torch.nn.Identity()}])
 def test_the_test_at_load_finds_a_layout_that_is_wrong(tmp_path, wrong):
     model = models.load(saved(tmp_path, "GPTNeoX"))
-    selftest.check(model)
+    engine.check(model)
     model.__dict__["layout"] = dataclasses.replace(model.layout, **wrong)
-    assert "is a GPTNeoXForCausalLM, on which the engine is not exact" in refused(selftest.check, model)
+    assert "is a GPTNeoXForCausalLM, on which the engine is not exact" in refused(engine.check, model)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])

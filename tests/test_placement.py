@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks import cases, peers
-from nb_utils import cleaning, engine, models, prompts, saes, selftest, tasks, vectors
+from nb_utils import cleaning, engine, models, prompts, saes, tasks, vectors
 from nb_utils.show import plots
 from workflow import runs
 
@@ -265,7 +265,7 @@ def test_the_engine_gives_the_same_from_a_gpu():
 
 @on_a_gpu
 def test_losses_and_gradients_on_a_gpu_are_those_of_a_plain_hooked_pass():
-    loss, gradient = selftest.differences(models.load("tiny", "cuda"))
+    loss, gradient = engine.differences(models.load("tiny", "cuda"))
     assert loss < 1e-4 and gradient < 1e-4
 
 

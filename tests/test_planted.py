@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from nb_utils import engine, prompts, selftest
+from nb_utils import engine, prompts
 from workflow import ground_truth, planted
 
 SETTINGS = replace(
@@ -33,7 +33,7 @@ def losses(world, vectors):
 
 
 def test_the_engine_is_exact_on_the_planted_model(world):
-    assert max(selftest.differences(world.model)) < 1e-4
+    assert max(engine.differences(world.model)) < 1e-4
 
 
 def test_zero_shot_separators_hold_what_is_planted_there_and_their_query(world):

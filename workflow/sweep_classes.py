@@ -1,7 +1,7 @@
 """Is the engine exact on every class of causal language model that transformers has? Writes ``data/classes.json``.
 
 Every class is built tiny and random, saved as a folder and loaded as a user's model would be, which tests it once
-(`nb_utils.selftest`). What is let in is then held against plain forward passes at other places, blocks and sizes.
+(`nb_utils.engine.check`). What is let in is then held against plain forward passes at other places, blocks and sizes.
 Each class runs in a process of its own, with a bound on memory and time.
 
     python -m workflow.sweep_classes              # all: about twenty minutes of one core
