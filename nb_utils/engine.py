@@ -437,12 +437,15 @@ class Site:
         return norm - own, best, kl
 
     @torch.no_grad()
-    def log_probs(self, vectors, layer: int, mode: str = "add", place: int = 0) -> Float[Tensor, "n batch vocab"]:
+    def log_probs(
+        self, vectors=None, layer: int = -1, mode: str = "add", place: int = 0
+    ) -> Float[Tensor, "n batch vocab"]:
         """Return the next-token log-probabilities at the position that predicts answer token ``place`` (0: the first).
 
-        ``batch`` counts the prompts whose answer has that many tokens.
+        ``batch`` counts the prompts whose answer has that many tokens. Without ``vectors``, of the prompts as they are.
         """
-        hidden = self.hidden(vectors, layer, mode)[:, self.place == place]
+        hidden = self.read_by(self.residual[-1][None]) if vectors is None else self.hidden(vectors, layer, mode)
+        hidden = hidden[:, self.place == place]
         return self.model.layout.logits(_single(hidden)).log_softmax(-1).cpu()
 
     def take(self, order: Int[Tensor, " kept"]) -> "Site":

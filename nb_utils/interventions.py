@@ -109,24 +109,28 @@ class Intervention:
             layer: replace(edit, values=edit.values[part.to(edit.values.device)]) for layer, edit in self.edits.items()
         })  # fmt: skip
 
-    def strength(self, prompt: Prompt) -> Float[Tensor, " tokens"]:
-        """Return by how much every token of a prompt is changed: 1 in full, 0 not at all."""
-        found, at = torch.zeros(len(prompt.ids)), list(positions(prompt, self.tokens))
-        found[at] = self.decay ** torch.arange(len(at), dtype=torch.float)
-        return found
+
+def strength(prompt: Prompt, tokens: str, decay: float = 1.0) -> Float[Tensor, " tokens"]:
+    """Return by how much every token of a prompt is changed: 1 in full, 0 not at all (see `Intervention`)."""
+    found, at = torch.zeros(len(prompt.ids)), list(positions(prompt, tokens))
+    found[at] = decay ** torch.arange(len(at), dtype=torch.float)
+    return found
 
 
 # The plain path
 
 
 @contextmanager
-def hooked(model: Model, what: Intervention, strength: Float[Tensor, " tokens"]) -> Iterator[None]:
-    """Change every pass of the model as long as this lasts: of one prompt, a row for each way."""
+def hooked(model: Model, what: Intervention, share: Float[Tensor, " tokens"]) -> Iterator[None]:
+    """Change every pass of the model as long as this lasts: of one prompt, a row for each way.
+
+    ``share``: the `strength` of every token of the pass.
+    """
     with ExitStack() as hooks:
         for layer, edit in what.edits.items():
 
             def change(stream, edit=edit):
-                return edit(stream[:, None], strength[None])[:, 0]
+                return edit(stream[:, None], share[None])[:, 0]
 
             hooks.enter_context(model.layout.hooked(layer, change))
         yield
@@ -135,7 +139,7 @@ def hooked(model: Model, what: Intervention, strength: Float[Tensor, " tokens"])
 def plain(model: Model, prompt: Prompt, what: Intervention) -> Float[Tensor, "n answer"]:
     """Return the NLL (nats) of every answer token of a prompt from one unpadded pass; differentiable in the values."""
     ids = torch.tensor([prompt.ids[:-1]], device=model.device).expand(len(what), -1)
-    with hooked(model, what, what.strength(prompt)[:-1]):
+    with hooked(model, what, strength(prompt, what.tokens, what.decay)[:-1]):
         logits = model.hf(ids, use_cache=False).logits
     answer = torch.tensor(prompt.answer, device=model.device)
     return -logits[:, -len(answer) :].float().log_softmax(-1)[:, torch.arange(len(answer)), answer]
@@ -154,9 +158,9 @@ def continuations(
     text, going, state = [""] * n, set(range(n)), None
     while True:
         grown = tuple(ids[0, len(head) :].tolist())  # which tokens they are does not matter, only where they stand
-        strength = what.strength(replace(prompt, ids=head + grown, answer=grown))
+        share = strength(replace(prompt, ids=head + grown, answer=grown), what.tokens, what.decay)
         new = ids if state is None or not cache else ids[:, -1:]
-        with hooked(model, what, strength[-new.shape[1] :]):
+        with hooked(model, what, share[-new.shape[1] :]):
             state = model.hf(new, past_key_values=state and state.past_key_values, use_cache=cache, logits_to_keep=1)
         ids = torch.cat([ids, state.logits[:, -1:].argmax(-1)], 1)
         for i in sorted(going):
@@ -171,21 +175,31 @@ def continuations(
 # The fast path
 
 
+def strengths(site: Site, tokens: str, decay: float = 1.0) -> Float[Tensor, "batch suffix"]:
+    """Return the `strength` of every token that a site runs again.
+
+    Raises ValueError where an earlier token would have to be changed: then the site has to be prepared for ``tokens``.
+    """
+    found = torch.zeros(site.residual[0].shape[:2])
+    for row, prompt in zip(found, site.prompts, strict=True):
+        whole, first = strength(prompt, tokens, decay), positions(prompt, site.steers)[0]
+        if whole[:first].any():
+            raise ValueError(f"A site prepared for {site.steers} does not run all {tokens} again: prepare it for them.")
+        own = whole[first:][: len(row)]
+        row[: len(own)] = own
+    return found
+
+
 def streams(site: Site, what: Intervention, end: int | None = None) -> Float[Tensor, "n batch suffix d_model"]:
     """Run the suffix of a site's prompts with an intervention, up to block ``end`` (not included).
 
-    Raises ValueError where the site was prepared for other tokens.
+    Raises ValueError where a token is changed that the site does not run again.
     """
-    if what.tokens != site.steers:
-        raise ValueError(f"The site was prepared for {site.steers}, not for {what.tokens}: prepare it for these.")
     layers = [layer for layer in what.layers if end is None or layer < end]
     base = site.residual[layers[0]]
-    strength, found = torch.zeros(base.shape[:2]), base.expand(len(what), *base.shape)
-    for row, prompt in zip(strength, site.prompts, strict=True):
-        own = what.strength(prompt)[positions(prompt, what.tokens)[0] :][: len(row)]
-        row[: len(own)] = own
+    share, found = strengths(site, what.tokens, what.decay).to(base.device), base.expand(len(what), *base.shape)
     for layer, later in zip(layers, [*layers[1:], None], strict=True):
-        found = what.edits[layer](found, strength.to(base.device))
+        found = what.edits[layer](found, share)
         found = site.replay(found, layer + 1, end if later is None else later + 1)
     return found
 

@@ -50,6 +50,11 @@ COLORS = {
     "random_matched": "#A05A2C",
     "random_active": "#CC9F7B",
     "shuffled_labels": "#7A6F5D",
+    "own": "#D55E00",
+    "other_task": "#0072B2",
+    "same_activation": "#CC79A7",
+    "same_density": "#A05A2C",
+    "most_active": "#44AA99",
 }
 MARKERS = {
     "centred_best_scale": "s",
@@ -69,6 +74,10 @@ MARKERS = {
     "random_matched": "X",
     "random_active": "<",
     "shuffled_labels": ">",
+    "own": "D",
+    "same_activation": "^",
+    "same_density": "X",
+    "most_active": "P",
 }
 LABELS = {
     "zero_shot": "zero-shot",
@@ -94,13 +103,21 @@ LABELS = {
     "random_matched": "random, same density",
     "random_active": "random, active on arrows",
     "shuffled_labels": "shuffled answers",
+    "own": "the task's features",
+    "other_task": "another task's",
+    "same_activation": "of equal activation",
+    "same_density": "random, same density",
+    "most_active": "most active",
 }
 # How a prompt of each template reads, in one line.
 TEMPLATES = {
     "arrow": "x -> y", "colon": "x: y", "equals": "x = y", "question": "Q: x ⏎ A: y", "instruction": "line ⏎ x -> y",
 }  # fmt: skip
 STYLES = {"add": "-", "replace": (0, (5, 2)), "none": (0, (1, 1.5))}
-UNITS = {"loss": "loss (nats, first 2 answer tokens)", "rel_loss": "loss, change from zero-shot"}
+UNITS = {
+    "loss": "loss (nats, first 2 answer tokens)", "rel_loss": "loss, change from zero-shot",
+    "necessity": "necessity (0: few-shot, 1: zero-shot)",
+}  # fmt: skip
 CYCLE = [COLORS[m] for m in ("task_vector", "prune_contrast", "clean", "reconstruct", "learned_vector")]  # no methods
 GREW, SHRANK = COLORS["clean"], "#C8102E"
 INK, PALE = "#333333", "#E4E4E4"
