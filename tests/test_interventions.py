@@ -129,6 +129,13 @@ def test_vectors_at_one_token_are_what_a_site_does_with_them(tiny, batch, tokens
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("tokens", prompts.TOKENS)
+def test_a_site_that_runs_every_token_again_serves_all_of_them(tiny, batch, tokens):
+    what = changes.Intervention({2: edit(tiny, "clamp", 2)}, tokens)
+    own, every = (engine.Site.prepare(tiny, batch, at=at) for at in (tokens, "every"))
+    torch.testing.assert_close(changes.losses(every, what), changes.losses(own, what), atol=1e-4, rtol=0)
+
+
 NOTHING = {
     "scale 0": lambda model, layer: changes.add(0 * torch.randn(2, model.d_model)),
     "no latent": lambda model, layer: changes.clamp(saes.random(model, layer), [], torch.zeros(2, 0)),
@@ -144,7 +151,7 @@ def test_scale_0_and_the_empty_set_change_nothing_to_the_last_bit(tiny, batch, t
     for prompt in batch:
         ids = torch.tensor([prompt.ids[:-1]]).expand(2, -1)
         logits = tiny.hf(ids, use_cache=False).logits
-        with changes.hooked(tiny, what, what.strength(prompt)[:-1]):
+        with changes.hooked(tiny, what, changes.strength(prompt, tokens)[:-1]):
             assert torch.equal(tiny.hf(ids, use_cache=False).logits, logits)
     site = engine.Site.prepare(tiny, batch, at=tokens)
     base = site.residual[1].expand(2, *site.residual[1].shape)
@@ -191,7 +198,7 @@ def test_a_continuation_is_what_plain_passes_say_one_token_at_a_time(tiny, batch
     head = prompt.ids[: prompt.separators[-1] + 1]
     for _ in range(5):
         grown = replace(prompt, ids=head + said, answer=said)
-        with changes.hooked(tiny, what, what.strength(grown)):
+        with changes.hooked(tiny, what, changes.strength(grown, "generated", 0.5)):
             said += (int(tiny.hf(torch.tensor([grown.ids]), use_cache=False).logits[0, -1].argmax()),)
     assert changes.continuations(tiny, prompt, what, 5) == [
         tiny.tokenizer.decode(said, skip_special_tokens=True).split("\n")[0]]  # fmt: skip
@@ -217,7 +224,7 @@ def test_what_makes_no_sense_is_refused(tiny, batch):
         changes.Intervention({2: one, 3: edit(tiny, "add", 3, n=3)})
     with pytest.raises(ValueError, match="can decay, not to separators"):
         changes.Intervention({2: one}, "separators", 0.5)
-    with pytest.raises(ValueError, match="prepared for separator, not for outputs"):
+    with pytest.raises(ValueError, match="prepared for separator does not run all outputs"):
         changes.losses(engine.Site.prepare(tiny, batch), changes.Intervention({2: one}, "outputs"))
     with pytest.raises(ValueError, match="for one token, not for separators"):
         engine.Site.prepare(tiny, batch, at="separators").evaluate(one.values, 2)

@@ -50,11 +50,11 @@ COLORS = {
     "random_matched": "#A05A2C",
     "random_active": "#CC9F7B",
     "shuffled_labels": "#7A6F5D",
-    "own": "#D55E00",
-    "other_task": "#0072B2",
-    "same_activation": "#CC79A7",
-    "same_density": "#A05A2C",
-    "most_active": "#44AA99",
+    "own": "#D95F0E",
+    "other_task": "#1F78B4",
+    "same_activation": "#AA4499",
+    "same_density": "#9A6A3A",
+    "most_active": "#117733",
 }
 MARKERS = {
     "centred_best_scale": "s",
@@ -74,10 +74,11 @@ MARKERS = {
     "random_matched": "X",
     "random_active": "<",
     "shuffled_labels": ">",
-    "own": "D",
-    "same_activation": "^",
-    "same_density": "X",
-    "most_active": "P",
+    "own": "*",
+    "other_task": "h",
+    "same_activation": "p",
+    "same_density": "d",
+    "most_active": "8",
 }
 LABELS = {
     "zero_shot": "zero-shot",
