@@ -191,17 +191,37 @@ def test_a_continuation_is_the_same_with_and_without_a_cache(tiny, batch, mode, 
     assert cached == anew
 
 
+@pytest.mark.parametrize("tokens, decay", [("separator", 1.0), ("generated", 0.5)])
 @torch.no_grad()
-def test_a_continuation_is_what_plain_passes_say_one_token_at_a_time(tiny, batch):
-    what = changes.Intervention({2: edit(tiny, "add", 2, n=1)}, "generated", 0.5)
-    prompt, said = batch[1], ()
+def test_a_continuation_is_what_plain_passes_say_one_token_at_a_time_and_stops_at_a_line_s_end(
+    tiny, batch, tokens, decay
+):
+    vectors = 3 * torch.randn(4, tiny.d_model, generator=torch.Generator().manual_seed(1))
+    prompt = batch[1]
     head = prompt.ids[: prompt.separators[-1] + 1]
-    for _ in range(5):
-        grown = replace(prompt, ids=head + said, answer=said)
-        with changes.hooked(tiny, what, changes.strength(grown, "generated", 0.5)):
-            said += (int(tiny.hf(torch.tensor([grown.ids]), use_cache=False).logits[0, -1].argmax()),)
-    assert changes.continuations(tiny, prompt, what, 5) == [
-        tiny.tokenizer.decode(said, skip_special_tokens=True).split("\n")[0]]  # fmt: skip
+    what = changes.Intervention({2: changes.add(vectors)}, tokens, decay)
+    found = changes.continuations(tiny, prompt, what, 6)
+    for vector, text in zip(vectors, found, strict=True):
+        said = ()
+        for _ in range(6):
+            ids = torch.tensor([head + said])
+            hook = by_hand(vector, len(head) - 1, 0.0 if tokens == "separator" else decay)
+            logits = tiny.bridge.run_with_hooks(ids, fwd_hooks=[("blocks.2.hook_resid_post", hook)])
+            said += (int(logits[0, -1].argmax()),)
+        assert text == tiny.tokenizer.decode(said, skip_special_tokens=True).split("\n")[0]
+    assert len(set(found)) > 1, "the vectors change nothing"
+
+
+def by_hand(vector, first, decay):
+    """A hook of TransformerLens that adds a vector to one token, and less and less to those after it."""
+
+    def hook(stream, hook):
+        stream = stream.clone()
+        for step, token in enumerate(range(first, stream.shape[1])):
+            stream[:, token] += decay**step * vector
+        return stream
+
+    return hook
 
 
 def test_hooks_are_gone_after_an_exception(tiny, batch):
