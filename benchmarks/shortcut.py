@@ -8,7 +8,7 @@ that the shortcut leaves, as every vector of the book has: where its tokens are 
 import pandas as pd
 import torch
 
-from nb_utils import cleaning, decompositions, engine, models, prompts, saes, tasks, vectors
+from nb_utils import cleaning, engine, models, prompts, saes, tasks, vectors
 
 LAYER, PROMPTS, SIZES, RATE, STEPS = 10, 24, (100, 50, 30, 20), 0.1, 10
 
@@ -30,7 +30,7 @@ def main():
         plain = site(fast, train), site(fast, judge)
         words = {"shortcut": (*plain, site(fast, shown)), "without examples": plain}
         words = {name: engine.vocabulary(*sites) for name, sites in words.items()}
-        start = decompositions.contrast_codes(at, LAYER, sae).codes[None]
+        start = vectors.contrast_codes(at, LAYER, sae).codes[None]
         named = {"centred": vectors.centred_task_vector(at, LAYER), "task vector": vectors.task_vector(at, LAYER)}
         for name, tokens in words.items():
             problem = cleaning.Problem(*plain, LAYER, vocabulary=tokens)

@@ -12,7 +12,7 @@ import importlib
 NAMES = {
     "load_task": "tasks.load", "split": "tasks.split", "load_model": "models.load", "load_sae": "saes.load",
     "separators": "vectors.separators", "task_vector": "vectors.task_vector",
-    "centred_task_vector": "vectors.centred_task_vector", "decompose": "decompositions.contrast_codes",
+    "centred_task_vector": "vectors.centred_task_vector", "decompose": "vectors.contrast_codes",
     "prepare": "workbench.prepare", "prune": "workbench.prune", "clean": "workbench.clean",
     "evaluate": "workbench.loss", "export": "workbench.export",
 }  # fmt: skip

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nb_utils.decompositions import keep_largest
 from nb_utils.engine import Site, Vocabulary
 from nb_utils.saes import Sae
+from nb_utils.vectors import keep_largest
 
 Progress = Callable[[int, int], bool | None]  # told (step, steps in all) before each step; True stops
 Rates = float | Sequence[float]  # of Adam: one for all rows, or one a row

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nb_utils import layouts
 from nb_utils.models import Model, ModelError
-from nb_utils.prompts import Prompt
+from nb_utils.prompts import Prompt, positions
 
 BYTE_BUDGET = int(os.environ.get("NB_BYTE_BUDGET") or 1 << 28)  # what one chunk of vectors may take on a CPU
 TOKENS = 64  # how many have all their logits at a time, in plain passes
@@ -61,8 +61,8 @@ class Scores:
     ``hit`` [n, batch, answer]: that token is the model's first choice.
     ``accepted`` [n, batch]: the first choice starts an accepted answer. ``exact`` [n, batch]: 1 where greedy decoding
     gives the whole answer (or an accepted one-token answer) and then ends the line, else 0; NaN where the site has cut
-    the answer short. ``kl`` [n, batch]: KL divergence (nats) from the reference next-token distribution to the steered
-    one, NaN without a reference.
+    the answer short, or where it was not asked for. ``kl`` [n, batch]: KL divergence (nats) from the reference
+    next-token distribution to the steered one, NaN without a reference.
     """
 
     nll: Tensor
@@ -93,15 +93,16 @@ class Site:
     rows: Int[Tensor, "2 n_labels"]  # (prompt, position) of every answer token to predict
     labels: Int[Tensor, " n_labels"]
     place: Int[Tensor, " n_labels"]  # index of that token within its answer
-    steers: str  # which token: "separator", "output" or "everywhere"
+    steers: str  # which tokens, a name of `prompts.TOKENS`
 
     @classmethod
     @torch.no_grad()
     def prepare(cls, model: Model, prompts, at="separator", answer_tokens: int | None = None) -> "Site":
         """Run ``prompts`` once without steering and keep what no vector can change.
 
-        ``at``: "separator" steers the query's separator, "output" the last token of the last shot's y, "everywhere" all
-        tokens but the first, a sink of attention that no vector should meet.
+        ``at``: the tokens that are steered, by a name of `prompts.TOKENS`. A vector is for one token, "separator" (the
+        query's) or "output" (the last token of the last shot's y), or the same for "every" token but the first. The
+        others are for `interventions`.
         ``answer_tokens``: how many tokens of each answer to predict (None: all).
         Raises ValueError for an empty set, a steered position with nothing before it or behind what predicts the
         answer, or a prompt that is too long.
@@ -109,19 +110,19 @@ class Site:
         if not prompts:
             raise ValueError("A site needs at least one prompt.")
         _fit(model, prompts)
-        first = {"separator": lambda p: p.separators[-1], "output": lambda p: p.outputs[-1], "everywhere": lambda _: 1}
-        positions = [first[at](p) for p in prompts]
-        if min(positions) < 1:
-            raise ValueError("A steered position needs at least one token before it.")
-        if any(len(p.ids) - len(p.answer) - 1 < here for p, here in zip(prompts, positions, strict=True)):
+        firsts = [min(positions(p, at), default=-1) for p in prompts]  # of the steered tokens
+        if min(firsts) < 1:
+            raise ValueError(f"A prompt has no {at} to steer." if -1 in firsts else
+                             "A steered position needs at least one token before it.")  # fmt: skip
+        if any(len(p.ids) - len(p.answer) - 1 < first for p, first in zip(prompts, firsts, strict=True)):
             raise ValueError("An answer begins after the first steered position: what predicts it cannot lie before.")
         lengths = [len(p.ids) - len(p.answer) + min(len(p.answer), answer_tokens or 99) - 1 for p in prompts]
-        before, after = max(positions), max(n - at for n, at in zip(lengths, positions, strict=True))
+        before, after = max(firsts), max(n - first for n, first in zip(lengths, firsts, strict=True))
         device = model.device
         ids = torch.full((len(prompts), before + after), model.tokenizer.pad_token_id or 0, device=device)
         mask = torch.zeros_like(ids)
         rows, labels, place = [], [], []
-        for i, (prompt, position, length) in enumerate(zip(prompts, positions, lengths, strict=True)):
+        for i, (prompt, position, length) in enumerate(zip(prompts, firsts, lengths, strict=True)):
             start = before - position
             ids[i, start : start + length] = torch.tensor(prompt.ids[:length], device=device)
             mask[i, start : start + length] = 1
@@ -202,13 +203,15 @@ class Site:
         """Run the blocks after ``layer`` (up to ``end``) on the suffix, for every vector."""
         if mode not in ("add", "replace"):
             raise ValueError(f"mode is 'add' or 'replace', not {mode!r}.")
+        if self.steers not in ("separator", "output"):
+            raise ValueError(f"A vector is for one token, not for {self.steers}: use nb_utils.interventions.")
         base = self.residual[layer]
         n, batch = len(vectors), len(base)
         if vectors.ndim == 3 and vectors.shape[1] != batch:
             raise ValueError(f"{vectors.shape[1]} vectors, one a prompt, do not fit {batch} prompts.")
         v = vectors.to(base)
         v = v if v.ndim == 3 else v[:, None].expand(n, batch, -1)
-        if self.steers == "everywhere":
+        if self.steers == "every":
             stream = base + v[:, :, None] if mode == "add" else v[:, :, None].expand(-1, -1, base.shape[1], -1)
             return self.replay(stream, layer + 1, end)
         first = base[:, 0] + v if mode == "add" else v
@@ -340,14 +343,16 @@ class Site:
         return self.scored(change, len(vectors), reference)
 
     @torch.no_grad()
-    def scored(self, change: Change, n: int, reference: Float[Tensor, "batch vocab"] | None = None) -> Scores:
+    def scored(
+        self, change: Change, n: int, reference: Float[Tensor, "batch vocab"] | None = None, whole: bool = True
+    ) -> Scores:
         """Score ``n`` changes of whatever kind as `evaluate` scores vectors.
 
         ``change(site, part, owners)`` returns what the unembedding reads [len(part), n_labels, d_model] with some of
         the changes on a site of the same prompts, longer ones perhaps, some of them left out; ``owners``: which prompt
-        of this site each of that one's is.
+        of this site each of that one's is. ``whole``: whether `Scores.exact` is asked for, which runs the model twice.
         """
-        parts = [self._score(change, part, reference) for part in self.parts(n)]
+        parts = [self._score(change, part, reference, whole) for part in self.parts(n)]
         return Scores(*(torch.cat([getattr(part, name) for part in parts]) for name in Scores.__dataclass_fields__))
 
     def parts(self, n: int, blocks: int = 1, width: int = 3 * VOCABULARY_BLOCK) -> tuple[Int[Tensor, " part"], ...]:
@@ -355,7 +360,7 @@ class Site:
         """
         return torch.arange(n).split(self._chunk(blocks, width))
 
-    def _score(self, change, part, reference) -> Scores:
+    def _score(self, change, part, reference, whole) -> Scores:
         hidden = change(self, part, torch.arange(len(self.prompts)))
         reference = None if reference is None else reference.to(hidden.device)
         nll, best, kl = (found.cpu() for found in self._read_out(hidden, reference))
@@ -369,7 +374,8 @@ class Site:
         accepted = torch.stack(
             [torch.isin(first[:, i], torch.tensor([a[0] for a in p.accepted])) for i, p in enumerate(self.prompts)], 1
         )
-        exact = self._exact(change, part, first, (hit | padded.isnan()).all(-1))
+        said = (hit | padded.isnan()).all(-1)
+        exact = self._exact(change, part, first, said) if whole else torch.full(said.shape, torch.nan)
         return Scores(padded, hit, accepted, exact, kl)
 
     def _exact(self, change, part, first, whole) -> Float[Tensor, "n batch"]:
@@ -449,12 +455,15 @@ class Site:
         return norm - own, best, kl
 
     @torch.no_grad()
-    def log_probs(self, vectors, layer: int, mode: str = "add", place: int = 0) -> Float[Tensor, "n batch vocab"]:
+    def log_probs(
+        self, vectors=None, layer: int = -1, mode: str = "add", place: int = 0
+    ) -> Float[Tensor, "n batch vocab"]:
         """Return the next-token log-probabilities at the position that predicts answer token ``place`` (0: the first).
 
-        ``batch`` counts the prompts whose answer has that many tokens.
+        ``batch`` counts the prompts whose answer has that many tokens. Without ``vectors``, of the prompts as they are.
         """
-        hidden = self.hidden(vectors, layer, mode)[:, self.place == place]
+        hidden = self.read_by(self.residual[-1][None]) if vectors is None else self.hidden(vectors, layer, mode)
+        hidden = hidden[:, self.place == place]
         return self.model.layout.logits(_single(hidden)).log_softmax(-1).cpu()
 
     def take(self, order: Int[Tensor, " kept"]) -> "Site":
@@ -471,9 +480,9 @@ class Site:
             labels=self.labels[here], place=self.place[here],
         )
 
-    def unsteered(self) -> Scores:
-        """Score the prompts as they are."""
-        return self.evaluate(torch.zeros(1, self.model.d_model), len(self.residual) - 1)
+    def unsteered(self, whole: bool = True) -> Scores:
+        """Score the prompts as they are; ``whole`` as for `scored`."""
+        return self.scored(lambda site, part, owners: site.read_by(site.residual[-1][None]), 1, whole=whole)
 
     def at(self, layer: int) -> Float[Tensor, "batch d_model"]:
         """Return the unsteered residual stream after block ``layer`` at the steered position."""

@@ -191,6 +191,28 @@ def cases(pool, queries, n_shots: int, n_dummies: int, seed: int) -> list[Case]:
     return drawn
 
 
+TOKENS = ("separator", "output", "separators", "outputs", "every", "generated")
+
+
+def positions(prompt: Prompt, tokens: str) -> tuple[int, ...]:
+    """Return the indices of the tokens that a name of `TOKENS` stands for, in order.
+
+    "separator" is the query's, "output" the last token of the last shot's y; "separators" and "outputs" are all of
+    them. "every": all but the first, which is unlike any other (BOS, or without one the sink of attention).
+    "generated": the answer's tokens and, before them, the query's separator, which says the first of them.
+    Raises ValueError for any other name.
+    """
+    last = prompt.separators[-1:]  # a plain text has none
+    found = {
+        "separator": last, "output": prompt.outputs[-1:], "separators": prompt.separators,
+        "outputs": prompt.outputs, "every": tuple(range(1, len(prompt.ids))),
+        "generated": tuple(range(*last, len(prompt.ids))) if last else (),
+    }  # fmt: skip
+    if tokens not in found:
+        raise ValueError(f"Tokens are one of {', '.join(TOKENS)}, not {tokens!r}.")
+    return found[tokens]
+
+
 def token_types(prompt: Prompt) -> list[str | None]:
     """Say of every token what it belongs to: "input", "arrow", "output" or "newline"; None where to no pair shown.
 
@@ -231,7 +253,8 @@ def passages(path: str | Path = NEUTRAL) -> tuple[Passage, ...]:
 def at_separators(tokenizer, passages, following: int = 16, seed: int = 0) -> list[Prompt]:
     """Return one prompt per passage, steered at a token that ends as `SEPARATOR_LIKE` does, drawn by ``seed``.
 
-    Its answer is the ``following`` tokens. A passage without such a token, far enough from its ends, is left out.
+    Its answer is the ``following`` tokens; its separators are all such tokens up to the steered one. A passage without
+    such a token, far enough from its ends, is left out.
     """
     return _prompts(tokenizer, passages, following, seed, like=True)
 
@@ -246,10 +269,10 @@ def _prompts(tokenizer, passages, following, seed, like) -> list[Prompt]:
     for passage in passages:
         encoded = tokenizer(passage.text, return_offsets_mapping=True)
         ids, marks = encoded["input_ids"], {mark.end() for mark in SEPARATOR_LIKE.finditer(passage.text)}
-        spots = range(BEFORE, len(ids) - following)
-        ends = encoded["offset_mapping"]
-        if spots := [i for i in spots if (ends[i][1] in marks) == like and ends[i][1] != ends[i + 1][1]]:
-            at = rng.choice(spots)
-            answer = tuple(ids[at + 1 : at + 1 + following])
-            made.append(Prompt(tuple(ids[: at + 1]) + answer, (at,), (), answer, (answer,)))
+        spots, ends = range(1, len(ids) - following), encoded["offset_mapping"]
+        spots = [i for i in spots if (ends[i][1] in marks) == like and ends[i][1] != ends[i + 1][1]]
+        if far := [i for i in spots if i >= BEFORE]:
+            at = rng.choice(far)
+            answer, alike = tuple(ids[at + 1 : at + 1 + following]), tuple(i for i in spots if i <= at)
+            made.append(Prompt(tuple(ids[: at + 1]) + answer, alike if like else (at,), (), answer, (answer,)))
     return made

@@ -50,7 +50,7 @@ def laid_out(
     return pd.DataFrame([
         {
             "layer": layer, "method": c.method, "mode": mode, "k": c.k, "scale": c.scale, "l0": c.l0,
-            "penalty": c.penalty, "seed": c.seed, "on": on, **_measures(scores, i, zero_shot), **c.extra,
+            "penalty": c.penalty, "seed": c.seed, "on": on, **measures(scores, i, zero_shot), **c.extra,
         }
         for i, c in enumerate(candidates)
     ]).astype({"k": "Int64", "l0": "Int64"})
@@ -62,12 +62,13 @@ def baseline(site: Site, method: str, zero_shot: float | None = None, on: str = 
     zero_shot = scores.loss()[0].mean().item() if zero_shot is None else zero_shot
     row = {
         "layer": -1, "method": method, "mode": "none", "k": None, "scale": 1.0, "l0": None, "penalty": float("nan"),
-        "seed": 0, "on": on, **_measures(scores, 0, zero_shot),
+        "seed": 0, "on": on, **measures(scores, 0, zero_shot),
     }
     return pd.DataFrame([row]).astype({"k": "Int64", "l0": "Int64"})
 
 
-def _measures(scores: Scores, i: int, zero_shot: float) -> dict:
+def measures(scores: Scores, i: int, zero_shot: float) -> dict:
+    """Return what a table says of the ``i``-th vector, or intervention, that was scored."""
     losses = scores.loss()[i]
     return {
         "loss": losses.mean().item(), "token_loss": scores.token_loss()[i].mean().item(),

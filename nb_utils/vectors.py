@@ -1,6 +1,12 @@
-"""Task vectors: what the separators, or the outputs, of few-shot prompts carry, before and beside any SAE."""
+"""Task vectors, what the separators or the outputs of few-shot prompts carry; and ways to write one in atoms of an SAE.
 
+Decompositions are sibling functions with one signature: the separators, a layer, an SAE and the number of atoms ``k``
+(ignored where the method has no such knob). They return codes together with the vector that these decode to.
+"""
+
+import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +15,7 @@ from torch import Tensor
 
 from nb_utils import engine, prompts, tasks
 from nb_utils.models import Model
+from nb_utils.saes import Sae
 
 
 @dataclass(frozen=True)
@@ -95,3 +102,116 @@ def matched_random(vector: Float[Tensor, " d_model"], seed: int) -> Float[Tensor
     """Return a random direction with the norm of ``vector``."""
     noise = torch.randn(vector.shape, generator=torch.Generator().manual_seed(seed)).to(vector)
     return noise * vector.norm() / noise.norm()
+
+
+# Decompositions
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Sparse codes [d_sae], the vector [d_model] they stand for, and the target [d_model] they were made for.
+
+    ``target == vector + error`` is an identity.
+    """
+
+    codes: Float[Tensor, " d_sae"]
+    vector: Float[Tensor, " d_model"]
+    target: Float[Tensor, " d_model"]
+
+    @property
+    def error(self) -> Float[Tensor, " d_model"]:
+        return self.target - self.vector
+
+    @property
+    def l0(self) -> int:
+        return int((self.codes != 0).sum())
+
+
+def reconstruct(at: Streams, layer: int, sae: Sae, k: int | None = None) -> Codes:
+    """Pass the mean vector through the SAE: decode(encode(TV)), the naive way (the post)."""
+    target = task_vector(at, layer)
+    codes = sae.encode(target)
+    return Codes(codes, sae.decode(codes), target)
+
+
+def vector_on_reconstruction(at: Streams, layer: int, sae: Sae, k: int | None = None) -> Codes:
+    """Pass every separator through the SAE, then average ("TV on recon" of the post)."""
+    codes = sae.encode(at.few[layer]).mean(0)
+    return Codes(codes, sae.decode(codes), task_vector(at, layer))
+
+
+def gradient_pursuit(at: Streams, layer: int, sae: Sae, k: int | None = 40) -> Codes:
+    """Pursue the TV with ``k`` non-negative unit atoms, one gradient step each ("ITO"; Blumensath & Davies 2008)."""
+    return _pursuit(at, layer, sae, k, "gradient_pursuit")
+
+
+def nonnegative_omp(at: Streams, layer: int, sae: Sae, k: int | None = 40) -> Codes:
+    """Pursue the TV with ``k`` atoms, re-solving non-negative least squares after each: stronger than the paper's."""
+    return _pursuit(at, layer, sae, k, "nonnegative_orthogonal_matching_pursuit")
+
+
+def _pursuit(at, layer, sae, k, algorithm) -> Codes:
+    from transformer_lens.tools.analysis.jacobian_lens_decomposition import get_sparse_decomposition
+
+    target = task_vector(at, layer)
+    norms = sae.W_dec.norm(dim=1)
+    atoms = norms.nonzero()[:, 0]  # a dead latent may have none
+    directions = sae.W_dec[atoms] / norms[atoms, None]
+    found = get_sparse_decomposition(target - sae.b_dec, directions, min(k, len(atoms)), algorithm=algorithm)
+    codes, support = torch.zeros_like(sae.threshold), atoms[found.support]
+    codes[support] = found.coordinates / norms[support]
+    return Codes(codes, sae.decode(codes), target)
+
+
+def top_k_projection(at: Streams, layer: int, sae: Sae, k: int | None = 40) -> Codes:
+    """Take the ``k`` atoms that the TV projects on most, with least-squares weights: a control for their choice."""
+    target = task_vector(at, layer)
+    support = (sae.decoder_directions @ (target - sae.b_dec)).topk(k).indices
+    return _least_squares(target, support, sae)
+
+
+def random_support(at: Streams, layer: int, sae: Sae, k: int | None = 40, seed: int = 0) -> Codes:
+    """Take ``k`` random atoms, with least-squares weights: a control for the number of atoms."""
+    order = torch.randperm(len(sae.threshold), generator=torch.Generator().manual_seed(seed))
+    return _least_squares(task_vector(at, layer), order[:k].to(sae.W_dec.device), sae)
+
+
+def _least_squares(target, support, sae) -> Codes:
+    codes = torch.zeros_like(sae.threshold)
+    # In float32 the last bits of the solution depend on where its buffers lie, so they vary from run to run.
+    atoms, rest = sae.W_dec[support].T.double(), (target - sae.b_dec).double()
+    codes[support] = torch.linalg.lstsq(atoms, rest[:, None]).solution[:, 0].to(codes.dtype)
+    return Codes(codes, sae.decode(codes), target)
+
+
+def density_matched(
+    density: Float[Tensor, " d_sae"], like: Sequence[int], rng: random.Random, nearest: int = 20
+) -> list[int]:
+    """Draw one latent for each of ``like``, of the ``nearest`` in density (on a log scale): a control for a choice.
+
+    None is drawn twice, and none that is in ``like``.
+    """
+    log, drawn = (density.double() + 1e-4).log(), []
+    for latent in like:
+        far = (log - log[latent]).abs()
+        far[[*like, *drawn]] = torch.inf
+        drawn.append(rng.choice(far.argsort(stable=True)[:nearest].tolist()))
+    return drawn
+
+
+def contrast_codes(at: Streams, layer: int, sae: Sae, k: int | None = None) -> Codes:
+    """Subtract mean zero-shot codes from mean few-shot codes; keep the ``k`` largest (None: all).
+
+    Codes are signed and decoded without bias: they stand for the centred task vector.
+    """
+    codes = sae.encode(at.few[layer]).mean(0) - sae.encode(at.zero[layer]).mean(0)
+    if k is not None:
+        codes = keep_largest(codes, k, sae)
+    return Codes(codes, codes @ sae.W_dec, centred_task_vector(at, layer))
+
+
+def keep_largest(codes: Float[Tensor, "... d_sae"], k: int, sae: Sae) -> Float[Tensor, "... d_sae"]:
+    """Zero all but the ``k`` codes whose atoms contribute most (|code| x decoder norm)."""
+    size = codes.abs() * sae.W_dec.norm(dim=1)
+    kept = size.topk(min(k, size.shape[-1])).indices
+    return torch.zeros_like(codes).scatter(-1, kept, codes.gather(-1, kept))

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nb_utils import cleaning, decompositions, engine, exports, prompts, tasks, vectors
+from nb_utils import cleaning, engine, exports, prompts, tasks, vectors
 from nb_utils.models import EMBEDDED, Model
 from nb_utils.saes import Sae
 
@@ -100,7 +100,7 @@ def curve(bench: Bench) -> list[dict]:
 
 def prune(bench: Bench, progress: cleaning.Progress | None = None) -> list[Weighted]:
     """Prune contrast codes with refit: one result for each of `SIZES` that was reached."""
-    start = decompositions.contrast_codes(bench.at, bench.problem.layer, bench.trial.sae).codes[None]
+    start = vectors.contrast_codes(bench.at, bench.problem.layer, bench.trial.sae).codes[None]
     path = cleaning.prune_with_refit(bench.problem, bench.trial.sae, start, SIZES, RATE, STEPS, progress=progress)[0]
     return [_weighted(result, bias=False) for result in path]
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from nb_utils import cleaning, decompositions, engine, prompts, saes, tasks, vectors
+from nb_utils import cleaning, engine, prompts, saes, tasks, vectors
 
 LAYER = 2
 
@@ -51,7 +51,7 @@ def start(at, sae):
 @pytest.fixture(scope="module")
 def signed(at, sae):
     """Contrast codes, and the codes of the vector."""
-    made = (decompositions.contrast_codes(at, LAYER, sae), decompositions.reconstruct(at, LAYER, sae))
+    made = (vectors.contrast_codes(at, LAYER, sae), vectors.reconstruct(at, LAYER, sae))
     return torch.stack([one.codes for one in made])
 
 
@@ -309,11 +309,11 @@ def test_pruning_keeps_the_codes_that_move_the_vector_most(problem, sae, signed)
     sae = dataclasses.replace(sae, W_dec=sae.W_dec * norms[:, None])
     (path,) = cleaning.prune_with_refit(problem, sae, signed[:1], (7, 3), steps=0)
     for size, result in zip((7, 3), path, strict=True):
-        close(result.codes, decompositions.keep_largest(signed[0], size, sae))
+        close(result.codes, vectors.keep_largest(signed[0], size, sae))
 
 
 def test_refitting_lowers_the_loss_and_keeps_the_support_and_may_turn_no_code_on(fit, sae, signed):
-    few = decompositions.keep_largest(signed, 5, sae)
+    few = vectors.keep_largest(signed, 5, sae)
     for before, (after,) in zip(few, cleaning.prune_with_refit(fit, sae, few, (5,), steps=40), strict=True):
         assert torch.equal(after.codes != 0, before != 0)
         assert after.train_loss < fit.train.loss((before @ sae.W_dec)[None], LAYER).item() - 0.05
@@ -329,7 +329,7 @@ def test_a_refitted_stage_is_the_best_on_validation(problem, sae, signed, checks
 
 
 def test_tuning_lowers_the_loss_and_keeps_the_support_whatever_it_is(fit, sae, signed):
-    start = torch.stack([decompositions.keep_largest(signed[0], 5, sae), torch.eye(sae.d_sae)[:5].sum(0)])
+    start = torch.stack([vectors.keep_largest(signed[0], 5, sae), torch.eye(sae.d_sae)[:5].sum(0)])
     before = fit.train.loss(start @ sae.W_dec, LAYER)
     found = cleaning.refit(fit, sae, start, start.abs().max(1, keepdim=True).values, steps=40)
     for row, loss, result in zip(start, before, found, strict=True):
@@ -340,7 +340,7 @@ def test_tuning_lowers_the_loss_and_keeps_the_support_whatever_it_is(fit, sae, s
 
 def test_with_one_unit_a_short_start_goes_as_far_as_a_long_one(problem, sae, signed, checks):
     """The first step of Adam is as long as its rate, whatever the gradient."""
-    row = decompositions.keep_largest(signed[0], 5, sae)
+    row = vectors.keep_largest(signed[0], 5, sae)
     cleaning.refit(problem, sae, torch.stack([row, row / 50]), torch.full((1, 1), 0.3), lr=0.1, steps=1)
     moved = (checks[1].codes - checks[0].codes).abs()
     close(moved[:, row != 0], torch.full((2, 5), 0.03))
@@ -348,7 +348,7 @@ def test_with_one_unit_a_short_start_goes_as_far_as_a_long_one(problem, sae, sig
 
 def test_what_pruning_does_after_a_cut_is_tuning(problem, sae, signed):
     ((pruned,),) = cleaning.prune_with_refit(problem, sae, signed[:1], (6,), lr=0.1, steps=12)
-    cut = decompositions.keep_largest(signed[:1], 6, sae)
+    cut = vectors.keep_largest(signed[:1], 6, sae)
     (tuned,) = cleaning.refit(problem, sae, cut, cut.abs().sum(1, keepdim=True) / 6, lr=0.1, steps=12)
     assert tuned.step == pruned.step > 0
     close(tuned.codes, pruned.codes)

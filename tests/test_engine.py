@@ -484,7 +484,7 @@ def test_no_steering_stays_behind_after_an_error_and_another_way_to_steer_is_ref
 
 def test_one_block_at_every_token_is_a_site_like_any_other(tiny):
     batch, vectors, layer = batch_of(tiny)[2:], 0.5 * spread(tiny)[:2], 3
-    scores = engine.Site.prepare(tiny, batch, at="everywhere").evaluate(vectors, layer)
+    scores = engine.Site.prepare(tiny, batch, at="every").evaluate(vectors, layer)
     for vector, nll in zip(vectors, scores.nll, strict=True):
         whole = torch.zeros(tiny.n_layers, tiny.d_model).index_fill(0, torch.tensor(layer), 1) * vector
         with engine.steered(tiny, whole, "resid", 1.0, "add"):
@@ -495,7 +495,7 @@ def test_one_block_at_every_token_is_a_site_like_any_other(tiny):
 
 def test_a_site_predicts_nothing_before_the_first_steered_token(tiny):
     with pytest.raises(ValueError, match="An answer begins after the first steered position"):
-        engine.Site.prepare(tiny, batch_of(tiny), at="everywhere")
+        engine.Site.prepare(tiny, batch_of(tiny), at="every")
 
 
 def test_a_block_without_an_mlp_is_refused_in_a_sentence(tiny):

@@ -216,6 +216,7 @@ def backend():
 
 
 def test_steering_live_shows_the_numbers_of_the_modules(live, backend):
+    from nb_utils import interventions
     from nb_utils.show import microscope
 
     box = live.get_by_role("group", name="Steering control")
@@ -234,7 +235,8 @@ def test_steering_live_shows_the_numbers_of_the_modules(live, backend):
     view = microscope.views(site, vector, 10)[0][0]
     assert text(box, "loss-after") == f"{view.loss:.2f}"
     assert text(box, "rank-after") == str(view.rank)
-    went_on = microscope.continuations(backend.model, site.prompts[0], vector, 10, widgets.N_TOKENS)[0]
+    steered = interventions.Intervention({10: interventions.add(vector)})
+    went_on = interventions.continuations(backend.model, site.prompts[0], steered, widgets.N_TOKENS)[0]
     assert text(box, "continuation-after") == (went_on.replace(" ", "␣") or "∅")
     first, whole = (box.get_attribute(f"data-{name}") for name in ("milliseconds", "whole"))
     print(f"the first numbers after {first} ms, all after {whole} ms")

@@ -305,6 +305,43 @@ def test_who_wins_against_examples_is_counted_for_the_vector_and_languages_stand
         claims.NUMBERS["features_override_examples"](found)
 
 
+def necessity(task, kind="executor", **changed):
+    """A hand-made table of experiment 10: two blocks, alone and at once, and features that come back at the second."""
+    few, zero = 2.0, 6.0
+
+    def row(method, layer=-1, together=0, back=0, features=4, mode="zero", on="test", needed=0.0, **more):
+        loss = few + needed * (zero - few) if on == "test" else 3 + needed
+        return dict(task=task, kind=kind if layer >= 0 else "none", method=method, layer=layer, together=together,
+                    back=back, features=features, mode=mode, on=on, seed=0, loss=loss, necessity=needed, d_ntp=0.05,
+                    losses=[loss] * 3) | more
+
+    needs = {"own": 0.9, "other_task": 0.2, "same_activation": 0.5, "same_density": 0.1, "most_active": 0.4} | changed
+    found = [row("few_shot", mode="none"), row("few_shot", mode="none", on="other")]
+    for method, share in needs.items():
+        found += [row(method, 6, 1, needed=share / 3), row(method, 8, 1, needed=share / 2)]
+        found += [row(method, 8, 2, needed=share)]
+        found += [row(method, 8, 2, on="other", needed=0.3), row(method, 8, 2, on="text")]
+    back = zip((1, 2, 3, 4), (0.3, 0.2, 0.1, 0.0), strict=True)
+    return pd.DataFrame(found + [row("own", 8, 1, back=n, features=4 - n, needed=left) for n, left in back])
+
+
+def test_features_are_held_against_the_strictest_control_where_all_blocks_go_at_once(more):
+    names = ("antonyms", "en_es", "algo_first", "en_fr")
+    found = more("10_necessity", pd.concat([necessity(name) for name in names]))
+    rows = ledger.judged("10_necessity", found)
+    means = {name: row.number.mean for name, row in rows.items() if row.number}
+    expected = {"executors_are_needed": 0.9, "executors_beat_controls": 0.4, "one_block_is_bypassed": 0.45,
+                "few_rescue": 0.5, "removal_spares_other_tasks": 0.3 - 3.6, "removal_spares_text": 0.05}  # fmt: skip
+    assert means == pytest.approx(expected) and '"same_activation"' in rows["executors_beat_controls"].decides
+    assert "no detectors" in rows["detectors_are_needed"].decides or rows["detectors_are_needed"].number is None
+    assert found.bottleneck("executor") == 8
+
+
+def test_where_nothing_is_lost_nothing_can_be_rescued(more):
+    found = more("10_necessity", pd.concat([necessity("antonyms"), necessity("en_es", own=0.1)]))
+    assert list(found.rescuers("executor").index) == ["antonyms"]
+
+
 def test_the_stored_choices_are_those_of_every_claim_and_agree_with_the_tables():
     """A sample is judged anew; run ``python -m workflow.choices`` after a change of tables or claims."""
     stored = tables.load(ledger.CHOICES)

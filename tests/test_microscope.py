@@ -64,20 +64,6 @@ def test_a_view_equals_a_plain_forward_pass(tiny):
         assert [share for _, share in view.top] == pytest.approx(top.values.tolist(), abs=1e-5)
 
 
-@torch.no_grad()
-def test_a_continuation_equals_decoding_without_a_cache_and_stops_at_the_end_of_a_line(tiny):
-    read = microscope.prompt(tiny.tokenizer, "up -> down\nhot ->", "cold")
-    vectors = 3 * torch.randn(4, tiny.d_model, generator=torch.Generator().manual_seed(1))
-    found = microscope.continuations(tiny, read, vectors, LAYER, n_tokens=6)
-    for vector, text in zip(vectors, found, strict=True):
-        ids = list(read.ids[: read.separators[-1] + 1])
-        start = len(ids)
-        for _ in range(6):
-            ids.append(int(plain(tiny, ids, vector, read.separators[-1])[-1].argmax()))
-        assert text == tiny.tokenizer.decode(ids[start:], skip_special_tokens=True).split("\n")[0]
-    assert len(set(found)) > 1, "the vectors change nothing"
-
-
 def test_activations_are_the_codes_of_the_residual_stream_at_each_token(tiny, sae):
     read = microscope.prompt(tiny.tokenizer, "up -> down\nhot ->")
     found = microscope.activations(tiny, sae, read, [3, 5])

@@ -27,7 +27,7 @@ SIZES = {
     "n_prompts": 4, "n_shots": 4, "n_train": 8, "n_validation": 6, "n_test": 8, "n_sentences": 4, "seeds": 2,
     "atoms": "2,4,8", "penalties": "1,3", "penalty": 1.0, "sizes": "10,4,2", "steps": 6, "steps_a_stage": 2,
     "scales": 5, "coarse": 3, "n_others": 3, "n_text": 6, "following": 5, "templates": "arrow,question",
-    "repeat_layers": "3", "longer": "8", "first_cuts": "12", "often": 12,
+    "repeat_layers": "3", "longer": "8", "first_cuts": "12", "often": 12, "rescued": "3",
     "n_dev": 6, "n_rivals": 1, "sae_layers": "2,3", "swap_sizes": "4,2", "n_mean": 6, "n_effect": 6,
     "mean_rates": "1,2", "refit_rates": "0.05,0.1", "dense_rates": "0.02,0.05",
     "tries": 1, "budgets": "0.3,1", "strengths": "0.01,0.1", "n_pairs": "8,3", "n_heads": 3, "arrow_scales": "0.5,1",
@@ -144,6 +144,8 @@ def test_settings_of_the_workflow_ask_of_an_experiment_only_what_those_before_it
         read = asked("21_function_vectors", "features_at")
         read = asked("21_function_vectors", "layers") if read == ["all"] else read
         assert set(read) <= {*made} & {*asked("21_function_vectors", "layers")}, model
+        assert set(asked("10_necessity", "layers")) <= {*made, *asked("04_detectors", "layers")}, model
+        assert set(asked("10_necessity", "rescued")) <= set(asked("10_necessity", "layers")), model
         assert set(asked("08_side_effects", "sizes")) <= set(asked("02_cleanup", "sizes")), model
         penalties = [float(penalty) for penalty in asked("02_cleanup", "penalties")]
         assert float(*asked("08_side_effects", "penalty")) in penalties, model

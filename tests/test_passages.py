@@ -41,7 +41,7 @@ def test_every_shipped_passage_gives_a_prompt_whose_answer_is_the_text_that_foll
     made = place(tokenizer, found, following=12)
     assert len(made) == len(found)
     for passage, prompt in zip(found, made, strict=True):
-        (at,) = prompt.separators
+        at = prompt.separators[-1]
         assert at >= prompts.BEFORE and len(prompt.ids) == at + 1 + 12 and prompt.ids[at + 1 :] == prompt.answer
         assert prompt.accepted == (prompt.answer,)
         # A cut inside a character of several bytes leaves a replacement sign at the end.
@@ -51,7 +51,7 @@ def test_every_shipped_passage_gives_a_prompt_whose_answer_is_the_text_that_foll
 def test_a_steered_token_ends_like_a_separator_or_on_purpose_does_not(tokenizer):
     found = prompts.passages()
     like, other = (
-        [read(tokenizer, prompt.ids[: prompt.separators[0] + 1]) for prompt in place(tokenizer, found)]
+        [read(tokenizer, prompt.ids[: prompt.separators[-1] + 1]) for prompt in place(tokenizer, found)]
         for place in PLACES
     )
     assert all(head[-1] in ":-–—=|>" for head in like)
@@ -77,6 +77,19 @@ def test_a_passage_without_a_separator_is_left_out():
     plain, marked = Passage("word " * 20, "own"), Passage("word " * 8 + "so: " + "word " * 8, "own")
     assert len(prompts.at_separators(tok, [plain, marked])) == 1 and len(prompts.at_random(tok, [plain])) == 1
     assert prompts.at_separators(tok, [Passage("so: " + "word " * 20, "own")]) == [], "too near to the beginning"
+
+
+def test_the_separators_of_a_passage_are_all_tokens_like_one_up_to_the_steered_one():
+    tok = models.load("tiny").tokenizer
+    text = "first: " + "word " * 6 + "then: " + "and so on, " * 3 + "at last: " + "word " * 9
+    steered = set()
+    for seed in range(9):
+        (made,) = prompts.at_separators(tok, [Passage(text, "own")], following=5, seed=seed)
+        read = [tok.decode(made.ids[: i + 1]) for i in made.separators]
+        assert all(part.endswith(":") for part in read) and read[0].endswith("first:")
+        assert len(made.separators) == tok.decode(made.ids[: made.separators[-1] + 1]).count(":")
+        steered.add(made.separators[-1])
+    assert len(steered) == 2, "the first is too near to the beginning, the others are drawn"
 
 
 def test_the_loss_of_a_passage_is_that_of_a_plain_forward_pass():

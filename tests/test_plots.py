@@ -61,8 +61,8 @@ def drawn(ax):
 
 
 def test_every_method_of_the_modules_has_a_colour_and_a_name():
-    source = "".join((ROOT / "nb_utils" / f"{module}.py").read_text() for module in ("decompositions", "cleaning"))
-    public = set(re.findall(r"^def ([a-z]\w+)\(at: Streams", source, re.M))
+    source = "".join((ROOT / "nb_utils" / f"{module}.py").read_text() for module in ("vectors", "cleaning"))
+    public = set(re.findall(r"^def ([a-z]\w+)\(at: Streams, layer: int, sae", source, re.M))
     assert {"reconstruct", "gradient_pursuit", "random_support"} <= public
     assert public <= set(plots.COLORS)
     assert set(plots.COLORS) == set(plots.LABELS)

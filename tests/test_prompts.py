@@ -273,3 +273,17 @@ def test_all_of_a_plain_text_is_its_answer_but_the_token_that_nothing_precedes(t
     (whole,) = prompts.plain(tokenizer, ["Open thy doors, O Lebanon"])
     assert whole.ids[1:] == whole.answer and not whole.separators and not whole.outputs
     assert text_of(tokenizer, whole.ids) == "Open thy doors, O Lebanon"
+
+
+def test_tokens_that_are_changed_go_by_names(tokenizer):
+    prompt = prompts.encode(tokenizer, PAIRS[:2], PAIRS[-1])
+    last, end = prompt.separators[-1], len(prompt.ids)
+    assert prompts.positions(prompt, "separator") == (last,)
+    assert prompts.positions(prompt, "separators") == prompt.separators and len(prompt.separators) == 3
+    assert prompts.positions(prompt, "outputs") == prompt.outputs and len(prompt.outputs) == 2
+    assert prompts.positions(prompt, "output") == prompt.outputs[-1:]
+    assert prompts.positions(prompt, "every") == tuple(range(1, end))
+    assert prompts.positions(prompt, "generated") == tuple(range(last, end))
+    assert prompts.positions(prompts.encode(tokenizer, (), PAIRS[0]), "outputs") == ()
+    with pytest.raises(ValueError, match=r"one of separator, output, .* not 'arrows'"):
+        prompts.positions(prompt, "arrows")

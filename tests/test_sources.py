@@ -58,7 +58,7 @@ def test_a_notebook_reaches_what_it_uses_directly_and_through_others():
 
 ALL = {"01_reconstruction_loss", "02_cleanup", "04_detectors", "05_cross_task_steering"}
 CHANGES = {
-    "what 01 alone measures": ("decompositions.py", "algorithm) -> Codes:\n", "algorithm) -> Codes:\n    k = 1\n", {0}),
+    "what 01 alone measures": ("vectors.py", "algorithm) -> Codes:\n", "algorithm) -> Codes:\n    k = 1\n", {0}),
     "what 04 and 05 take": ("statistics.py", "most: int = 5, k: int = 10", "most: int = 5, k: int = 20", {2, 3}),
     "what others call": ("engine.py", "keep: int = 16384", "keep: int = 8192", {1, 2, 3}),
     "a constant": ("tasks.py", '"vector": 0.35, "train": 0.20', '"vector": 0.30, "train": 0.25', {0, 1, 2, 3}),

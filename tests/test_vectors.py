@@ -1,9 +1,17 @@
-"""Task vectors: means over the right separators, recomputed by hand through TransformerLens."""
+"""Task vectors: means over the right separators, recomputed by hand through TransformerLens.
+
+And their decompositions: an identity for every method, and hand-made dictionaries whose answer is known.
+"""
+
+import dataclasses
+import random
 
 import pytest
+import scipy.optimize
 import torch
 
-from nb_utils import engine, prompts, tasks, vectors
+from nb_utils import engine, prompts, saes, tasks, vectors
+from nb_utils.saes import Sae
 from nb_utils.vectors import Streams
 
 POOL = tuple(tasks.Pair(f"in{i}", f"out{i}", (f"out{i}",)) for i in range(8))
@@ -149,3 +157,228 @@ def test_no_output_counts_more_often_than_outputs_do_on_average(tiny, asked):
     assert kept.count("aa") == mean < shown.count(" aa")
     assert {word: kept.count(word) for word in ("bb", "cc", "dd")} == {
         word: shown.count(f" {word}") for word in ("bb", "cc", "dd")}
+
+
+# --- decompositions ---
+
+
+METHODS = [
+    vectors.reconstruct, vectors.vector_on_reconstruction,
+    vectors.gradient_pursuit, vectors.nonnegative_omp,
+    vectors.top_k_projection, vectors.random_support, vectors.contrast_codes,
+]  # fmt: skip
+PURSUITS = [vectors.gradient_pursuit, vectors.nonnegative_omp]
+
+
+@pytest.fixture(scope="module")
+def at(tiny):
+    pool = tuple(tasks.Pair(f"in{i}", f"out{i}", (f"out{i}",)) for i in range(8))
+    return vectors.separators(tiny, pool, [2], n_prompts=4, n_shots=4)
+
+
+@pytest.fixture(scope="module")
+def sae(tiny):
+    """A random SAE whose decoder rows have norms from 0.2 to 5."""
+    plain = saes.random(tiny, 2)
+    order = torch.randperm(plain.d_sae, generator=torch.Generator().manual_seed(0))
+    norms = torch.logspace(-0.7, 0.7, plain.d_sae)[order]
+    return dataclasses.replace(plain, W_dec=plain.W_dec * norms[:, None])
+
+
+def build(W_dec, b_dec=None, W_enc=None, threshold=0.0):
+    """An SAE from its decoder; the encoder is tied and centred on the decoder bias unless given."""
+    d_sae, d_in = W_dec.shape
+    b_dec = torch.zeros(d_in) if b_dec is None else b_dec
+    W_enc = W_dec.T if W_enc is None else W_enc
+    return Sae(
+        "hand-made", "test", "blocks.0.hook_resid_post", 0, "jumprelu", W_enc, -b_dec @ W_enc, W_dec, b_dec,
+        torch.full((d_sae,), threshold), None, "0" * 64,
+    )  # fmt: skip
+
+
+def only(target):
+    """Streams whose task vector is ``target``."""
+    return Streams({0: target[None]}, {0: torch.zeros_like(target)[None]})
+
+
+def orthogonal(d=12, seed=0):
+    """Orthogonal atoms of very different norms, and a bias."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(d, d, generator=generator)).Q
+    return build(basis * torch.logspace(-1, 1, d)[:, None], b_dec=torch.randn(d, generator=generator))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda f: f.__name__)
+def test_vector_plus_error_is_the_target_and_the_vector_is_what_the_codes_decode_to(at, sae, method):
+    found = method(at, 2, sae, 6)
+    contrast = method is vectors.contrast_codes
+    target = vectors.centred_task_vector(at, 2) if contrast else vectors.task_vector(at, 2)
+    torch.testing.assert_close(found.target, target)
+    torch.testing.assert_close(found.vector + found.error, target)
+    torch.testing.assert_close(found.vector, sae.decode(found.codes, bias=not contrast))
+    assert found.l0 == len(found.codes.nonzero()) > 0
+    if method not in (vectors.reconstruct, vectors.vector_on_reconstruction):
+        assert found.l0 <= 6
+
+
+def test_reconstruction_encodes_the_mean_and_the_other_averages_the_codes(at, sae):
+    rows = at.few[2]
+    torch.testing.assert_close(vectors.reconstruct(at, 2, sae).codes, sae.encode(rows.mean(0)))
+    found = vectors.vector_on_reconstruction(at, 2, sae)
+    torch.testing.assert_close(found.codes, sae.encode(rows).mean(0))
+    torch.testing.assert_close(found.vector, sae.decode(sae.encode(rows)).mean(0))
+    assert found.l0 > vectors.reconstruct(at, 2, sae).l0
+
+
+# --- pursuits --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", PURSUITS, ids=lambda f: f.__name__)
+def test_a_known_sparse_code_over_an_orthogonal_dictionary_is_recovered(method):
+    sae, codes = orthogonal(), torch.zeros(12)
+    codes[[1, 4, 7, 10]] = torch.tensor([30.0, 2.0, 5.0, 0.1])
+    found = method(only(sae.decode(codes)), 0, sae, 4)
+    torch.testing.assert_close(found.codes, codes, atol=1e-4, rtol=1e-4)
+    assert found.error.norm() < 1e-4 * found.target.norm()
+    assert method(only(sae.decode(codes)), 0, sae, 12).l0 == 4
+
+
+@pytest.mark.parametrize("method", PURSUITS, ids=lambda f: f.__name__)
+def test_the_atoms_that_contribute_most_come_first_whatever_their_norms(method):
+    sae, codes = orthogonal(), torch.zeros(12)
+    codes[:3] = torch.tensor([3.0, 2.0, 1.0]) / sae.W_dec[:3].norm(dim=1)
+    codes[9:] = torch.tensor([30.0, 20.0, 10.0]) / sae.W_dec[9:].norm(dim=1)
+    found = method(only(sae.decode(codes)), 0, sae, 3)
+    torch.testing.assert_close(found.codes[9:], codes[9:], atol=1e-4, rtol=1e-4)
+    assert found.l0 == 3
+
+
+@pytest.mark.parametrize("method", PURSUITS, ids=lambda f: f.__name__)
+def test_a_pursuit_takes_no_negative_atom(method):
+    sae, codes = orthogonal(), torch.zeros(12)
+    codes[[2, 5]] = torch.tensor([1.0, -50.0])
+    found = method(only(sae.decode(codes)), 0, sae, 6)
+    assert found.codes.min() >= 0 and found.codes.nonzero().flatten().tolist() == [2]
+
+
+def test_orthogonal_pursuit_has_the_best_non_negative_weights_on_its_support(at, sae):
+    for k in (2, 5, 15):
+        found = vectors.nonnegative_omp(at, 2, sae, k)
+        support = found.codes.nonzero().flatten()
+        target = (found.target - sae.b_dec).double().numpy()
+        best, residual = scipy.optimize.nnls(sae.W_dec[support].T.double().numpy(), target)
+        torch.testing.assert_close(found.codes[support], torch.tensor(best).float(), atol=1e-3, rtol=1e-3)
+        assert abs(found.error.norm().item() - residual) < 1e-3 * found.target.norm()
+
+
+@pytest.mark.parametrize("method", PURSUITS, ids=lambda f: f.__name__)
+def test_more_atoms_leave_less_error(at, sae, method):
+    errors = [method(at, 2, sae, k).error.norm().item() for k in (1, 3, 10, 30)]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.5 * errors[0]
+
+
+@pytest.mark.parametrize("method", PURSUITS, ids=lambda f: f.__name__)
+def test_a_latent_without_an_atom_is_never_chosen(method):
+    whole = orthogonal()
+    codes = torch.zeros(12)
+    codes[[4, 7]] = torch.tensor([2.0, 5.0])
+    rows = whole.W_dec.clone()
+    rows[[0, 11]] = 0
+    sae = dataclasses.replace(whole, W_dec=rows)
+    found = method(only(sae.decode(codes)), 0, sae, 12)
+    torch.testing.assert_close(found.codes, codes, atol=1e-4, rtol=1e-4)
+
+
+# --- controls --------------------------------------------------------------------------------------------------
+
+
+def test_top_k_projection_takes_the_largest_projections_on_unit_atoms_and_fits_them_jointly():
+    atoms = torch.tensor([[10.0, 0.0, 0.0], [0.3, 0.4, 0.0], [0.0, 0.0, 7.0], [0.0, -1.0, 0.0]])
+    bias = torch.tensor([1.0, 1.0, 1.0])
+    found = vectors.top_k_projection(only(torch.tensor([4.0, 5.0, 1.5])), 0, build(atoms, bias), 2)
+    # Projections of (3, 4, .5) on the unit atoms: 3, 5, .5, -4. The two best span the first two axes.
+    torch.testing.assert_close(found.codes, torch.tensor([0.0, 10.0, 0.0, 0.0]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.error, torch.tensor([0.0, 0.0, 0.5]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "method", [vectors.top_k_projection, vectors.random_support], ids=lambda f: f.__name__
+)
+def test_the_error_of_a_control_is_orthogonal_to_the_atoms_that_it_may_use(at, sae, method):
+    found = method(at, 2, sae, 7)
+    support = found.codes.nonzero().flatten()
+    assert len(support) == 7
+    assert (sae.decoder_directions[support] @ found.error).abs().max() < 1e-4 * found.target.norm()
+
+
+@pytest.mark.parametrize(
+    "method", [vectors.top_k_projection, vectors.random_support], ids=lambda f: f.__name__
+)
+def test_a_method_gives_the_same_bits_wherever_its_buffers_lie(method):
+    generator, kept, seen = torch.Generator().manual_seed(0), [], set()
+    atoms, target = torch.randn(100, 640, generator=generator), 1000 * torch.randn(640, generator=generator)
+    for size in range(1, 2000, 40):
+        kept.append(bytearray(size))  # moves what is allocated next
+        codes = method(only(target.clone()), 0, build(atoms.clone(), W_enc=atoms.T.clone()), 40).codes
+        seen.add(codes.numpy().tobytes())
+    assert len(seen) == 1
+
+
+def test_a_random_support_depends_on_its_seed_only(at, sae):
+    state = torch.get_rng_state()
+    first, again, other = (vectors.random_support(at, 2, sae, 5, seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(first.codes, again.codes)
+    assert set(first.codes.nonzero().flatten().tolist()) != set(other.codes.nonzero().flatten().tolist())
+
+
+def test_latents_matched_in_density_are_among_the_nearest_and_neither_chosen_nor_drawn_twice():
+    density = torch.logspace(-3, -0.1, 60)[torch.randperm(60, generator=torch.Generator().manual_seed(0))]
+    like = [3, 17, 29, 41, 58]
+    log = (density.double() + 1e-4).log()
+    for seed in range(20):
+        drawn = vectors.density_matched(density, like, random.Random(seed), nearest=4)
+        assert drawn == vectors.density_matched(density, like, random.Random(seed), nearest=4)
+        assert len({*drawn, *like}) == 10
+        for i, (latent, found) in enumerate(zip(like, drawn, strict=True)):
+            free = [other for other in range(60) if other not in (*like, *drawn[:i])]
+            assert found in sorted(free, key=lambda other: abs(log[other] - log[latent]))[:4]
+    drawn = (vectors.density_matched(density, like[:1], random.Random(seed), 4) for seed in range(40))
+    assert len({latents[0] for latents in drawn}) == 4
+
+
+def test_the_chosen_atoms_beat_random_ones(at, sae):
+    chance = [vectors.random_support(at, 2, sae, 5, seed).error.norm() for seed in range(5)]
+    for method in (vectors.top_k_projection, vectors.nonnegative_omp):
+        assert method(at, 2, sae, 5).error.norm() < min(chance)
+
+
+# --- contrast codes --------------------------------------------------------------------------------------------
+
+
+def test_contrast_codes_are_signed_differences_decoded_without_bias():
+    sae = build(torch.eye(3), b_dec=torch.tensor([10.0, 10.0, 10.0]), threshold=0.5)
+    few = torch.tensor([[12.0, 10.0, 11.0], [14.0, 10.0, 11.0]])
+    zero = torch.tensor([[10.4, 13.0, 11.0]])
+    found = vectors.contrast_codes(Streams({0: few}, {0: zero}), 0, sae)
+    assert torch.equal(found.codes, torch.tensor([3.0, -3.0, 0.0]))
+    assert torch.equal(found.vector, torch.tensor([3.0, -3.0, 0.0])) and found.l0 == 2
+    torch.testing.assert_close(found.error, torch.tensor([-0.4, 0.0, 0.0]), atol=1e-5, rtol=0)
+
+
+def test_contrast_codes_keep_as_many_latents_as_asked(at, sae):
+    whole = vectors.contrast_codes(at, 2, sae)
+    assert (whole.codes < 0).any() and (whole.codes > 0).any()
+    for k in (1, 5, whole.l0):
+        part = vectors.contrast_codes(at, 2, sae, k)
+        support = part.codes != 0
+        assert part.l0 == k and torch.allclose(part.codes[support], whole.codes[support])
+    torch.testing.assert_close(part.codes, whole.codes)
+
+
+def test_the_largest_codes_are_those_that_move_the_vector_most():
+    sae = build(torch.diag(torch.tensor([100.0, 1.0, 1.0, 10.0])))
+    codes = torch.tensor([[0.1, -5.0, 2.0, 0.3], [0.0, 0.0, 1.0, 0.0]])
+    kept = vectors.keep_largest(codes, 2, sae)
+    assert torch.equal(kept, torch.tensor([[0.1, -5.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]]))
+    assert torch.equal(vectors.keep_largest(codes, 99, sae), codes)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from nb_utils import decompositions, models, saes, tasks, vectors, workbench
+from nb_utils import models, saes, tasks, vectors, workbench
 from nb_utils.workbench import WorkbenchError
 
 LAYER = 2
@@ -35,7 +35,7 @@ def test_the_curve_has_the_losses_of_both_vectors_at_every_layer(bench):
 
 
 def test_pruning_lowers_the_validation_loss_and_gives_every_size(bench):
-    start = decompositions.contrast_codes(bench.at, LAYER, bench.trial.sae, 5).vector
+    start = vectors.contrast_codes(bench.at, LAYER, bench.trial.sae, 5).vector
     before = bench.problem.validation_loss(start[None]).item()
     path = workbench.prune(bench)
     assert [len(step.latents) for step in path] == list(workbench.SIZES)

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from nb_utils import cleaning, decompositions, engine, prompts, saes, vectors
+from nb_utils import cleaning, engine, prompts, saes, vectors
 from nb_utils.record import sources, tables
 from nb_utils.vectors import Streams
 from workflow import planted, train_saes
@@ -106,7 +106,7 @@ def centred(at: Streams, sae: saes.Sae) -> Streams:
 
 def pruned(problem, sae, at, has: Settings):
     """Prune contrast codes at every rate; yield what validates best of each size."""
-    start = decompositions.contrast_codes(at, LAYER, sae).codes.expand(len(has.refit_rates), -1)
+    start = vectors.contrast_codes(at, LAYER, sae).codes.expand(len(has.refit_rates), -1)
     paths = cleaning.prune_with_refit(problem, sae, start, has.sizes, has.refit_rates, has.steps_a_stage)
     for k, found in zip(has.sizes, zip(*paths, strict=True), strict=True):
         yield {"method": "prune_contrast", "of": "centred", "k": k}, cleaning.best(found)
@@ -136,9 +136,9 @@ def written(sae, at, has: Settings):
     """Write the task vector, or the centred one, with few latents: no loss is looked at."""
     streams = {"raw": at, "centred": centred(at, sae)}
     for k in has.sizes:
-        yield {"method": "contrast_codes", "k": k, "of": "centred"}, decompositions.contrast_codes(at, LAYER, sae, k)
+        yield {"method": "contrast_codes", "k": k, "of": "centred"}, vectors.contrast_codes(at, LAYER, sae, k)
         for name, of in WAYS:
-            yield {"method": name, "k": k, "of": of}, getattr(decompositions, name)(streams[of], LAYER, sae, k)
+            yield {"method": name, "k": k, "of": of}, getattr(vectors, name)(streams[of], LAYER, sae, k)
 
 
 def measure(world: World, task: int, sae: saes.Sae, has: Settings) -> pd.DataFrame:

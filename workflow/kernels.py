@@ -33,8 +33,8 @@ import nb_utils
 # What the experiments import. A module that is missing here costs time in every run, and nothing else.
 MODULES = (
     "IPython", "ipykernel.ipkernel", "ipykernel.kernelapp", "numpy", "pandas", "pyarrow.parquet", "sae_lens", "seaborn",
-    "torch", "transformers", "nb_utils.cleaning", "nb_utils.decompositions", "nb_utils.engine", "nb_utils.models",
-    "nb_utils.prompts", "nb_utils.record.tables", "nb_utils.saes", "nb_utils.scores", "nb_utils.show.plots",
+    "torch", "transformers", "nb_utils.cleaning", "nb_utils.engine", "nb_utils.models", "nb_utils.prompts",
+    "nb_utils.record.tables", "nb_utils.saes", "nb_utils.scores", "nb_utils.show.plots",
     "nb_utils.statistics", "nb_utils.tasks", "nb_utils.vectors",
 )  # fmt: skip
 

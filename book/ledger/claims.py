@@ -499,6 +499,72 @@ class Book:
         found = rows(self.last("09_templates"), method=method)
         return found[found["made_on"].eq(found["tested_on"]) == home].groupby("task")["rel_loss"].mean()
 
+    # Experiment 10
+
+    def taken(self, kind: str, method: str = "own", **equal: object) -> pd.DataFrame:
+        """Return what is left of prompts when features are taken away (their codes are 0) and none is put back.
+
+        ``method``: whose they are: "own", the task's, or a control in equal number.
+        """
+        found = rows(self.table("10_necessity"), kind=kind, method=method, mode="zero", back=0, **equal)
+        if found.empty:
+            raise ClaimError(f"Experiment 10 has taken no {kind}s ({method}) away.")
+        return found
+
+    def needed(self, kind: str, method: str = "own", together: bool = True) -> pd.Series:
+        """Return the necessity of every task's features, or of a control.
+
+        ``together``: after all blocks at once, or else after `bottleneck` alone.
+        """
+        found = self.taken(kind, method, on="test")
+        if together:
+            found = found[found["together"].eq(found.groupby("task")["together"].transform("max"))]
+        else:
+            found = rows(found, together=1, layer=self.bottleneck(kind))
+        return found.groupby("task")["necessity"].mean()
+
+    def bottleneck(self, kind: str) -> int:
+        """Return the block after which the task's features alone are needed most, on average: chosen on test."""
+        return int(self.taken(kind, on="test", together=1).groupby("layer")["necessity"].mean().idxmax())
+
+    def strictest(self, kind: str, together: bool = True) -> str:
+        """Name the control that is needed most on average."""
+        controls = ("other_task", "same_activation", "same_density", "most_active")
+        return max(controls, key=lambda control: self.needed(kind, control, together).mean())
+
+    @property
+    def strictest_executors(self) -> str:
+        return self.strictest("executor")
+
+    @property
+    def strictest_detectors(self) -> str:
+        return self.strictest("detector")
+
+    @property
+    def executor_bottleneck(self) -> int:
+        return self.bottleneck("executor")
+
+    def spared(self, kind: str, on: str, method: str = "own") -> pd.Series:
+        """Return what the same removal does elsewhere, to every task's: nats of loss ("other") or of KL ("text")."""
+        left = self.taken(kind, method, on=on).groupby("task")
+        if on == "text":
+            return left["d_ntp"].mean()
+        return left["loss"].mean() - rows(self.table("10_necessity"), on=on, mode="none").groupby("task")["loss"].mean()
+
+    def rescuers(self, kind: str) -> pd.Series:
+        """Return the share of every task's features that, put back by weight, restore half of what was lost.
+
+        Of tasks that lose a tenth of the few-shot gain or more: where nothing is lost, nothing can be restored.
+        """
+        found = rows(self.table("10_necessity"), kind=kind, method="own", mode="zero", on="test", together=1, seed=0)
+        found = found[found["layer"].isin(rows(found, features=0)["layer"])]  # where all come back in the end
+        shares = {}
+        for task, part in found[found["layer"].eq(found["layer"].max())].groupby("task"):
+            left = part.set_index("back")["necessity"].sort_index()
+            if left.loc[0] >= 0.1:
+                shares[task] = left.index[left <= left.loc[0] / 2].min() / left.index.max()
+        return pd.Series(shares, dtype=float)
+
     # Experiment 13
 
     def planted(self, method: str, column: str = "f1", dictionary: str = "true") -> pd.Series:

@@ -1,4 +1,4 @@
-"""The numbers that decide whether what is found is real: experiments 06 to 09, and planted worlds."""
+"""The numbers that decide whether what is found is real: experiments 06 to 10, and planted worlds."""
 
 from __future__ import annotations
 
@@ -92,6 +92,52 @@ def pruning_is_gentler_in_text(book: Book) -> Comparison:
 @number
 def pruned_leaves_its_template(book: Book) -> Comparison:
     return over_tasks(book.templates("prune_contrast", home=False) / book.templates("prune_contrast", home=True))
+
+
+# 10 Necessity
+
+
+@number
+def executors_are_needed(book: Book) -> Comparison:
+    return over_tasks(book.needed("executor"))
+
+
+@number
+def executors_beat_controls(book: Book) -> Comparison:
+    return over_tasks(book.needed("executor") - book.needed("executor", book.strictest_executors))
+
+
+@number
+def detectors_are_needed(book: Book) -> Comparison:
+    return over_tasks(book.needed("detector"))
+
+
+@number
+def detectors_beat_controls(book: Book) -> Comparison:
+    return over_tasks(book.needed("detector") - book.needed("detector", book.strictest_detectors))
+
+
+@number
+def one_block_is_bypassed(book: Book) -> Comparison:
+    return over_tasks(book.needed("executor") - book.needed("executor", together=False))
+
+
+@number
+def few_rescue(book: Book) -> Comparison:
+    return over_tasks(book.rescuers("executor"))
+
+
+@number
+def removal_spares_other_tasks(book: Book) -> Comparison:
+    own = book.taken("executor", on="test")
+    own = own[own["together"].eq(own.groupby("task")["together"].transform("max"))].groupby("task")["loss"].mean()
+    few = rows(book.table("10_necessity"), method="few_shot", on="test").groupby("task")["loss"].mean()
+    return over_tasks(book.spared("executor", "other") - (own - few))
+
+
+@number
+def removal_spares_text(book: Book) -> Comparison:
+    return over_tasks(book.spared("executor", "text"))
 
 
 # 13 Ground truth: a task's features are known

@@ -98,31 +98,6 @@ def views(site: Site, vectors: Float[Tensor, "n d_model"], layer: int, n_top: in
     return looks
 
 
-@torch.no_grad()
-def continuations(
-    model: Model, read: Prompt, vectors: Float[Tensor, "n d_model"], layer: int, n_tokens: int = 4
-) -> list[str]:
-    """Decode greedily from the end of a prompt, each vector added at its last separator alone; a line's end stops."""
-    n, ids = len(vectors), torch.tensor([read.ids[: read.separators[-1] + 1]], device=model.device)
-
-    def steer(stream):
-        stream[:, -1] += vectors.to(stream)
-
-    with model.layout.hooked(layer, steer):
-        state = model.hf(ids.expand(n, -1), use_cache=True, logits_to_keep=1)
-    tokens, text, going = [state.logits[:, -1].argmax(-1)], [""] * n, set(range(n))
-    while True:
-        for i in sorted(going):
-            piece = model.tokenizer.decode([*(step[i].item() for step in tokens)], skip_special_tokens=True)
-            text[i] = piece.split("\n")[0]
-            if tokens[-1][i] == model.tokenizer.eos_token_id or "\n" in piece:
-                going.discard(i)
-        if not going or len(tokens) == n_tokens:
-            return text
-        state = model.hf(tokens[-1][:, None], past_key_values=state.past_key_values, use_cache=True)
-        tokens.append(state.logits[:, -1].argmax(-1))
-
-
 def activations(model: Model, sae: Sae, read: Prompt, latents: list[int]) -> Float[Tensor, "tokens latents"]:
     """Return raw activations of latents at every token up to the last separator; NaN at the first (BOS, or a sink)."""
     for latent in latents:

@@ -64,6 +64,11 @@ COLORS = {
     "prune_difference": "#8E3B86",
     "contrast_difference": "#C9A0DC",
     "fv_centred": "#4477AA",
+    "own": "#D95F0E",
+    "other_task": "#1F78B4",
+    "same_activation": "#AA4499",
+    "same_density": "#9A6A3A",
+    "most_active": "#117733",
 }
 MARKERS = {
     "centred_best_scale": "s",
@@ -97,6 +102,11 @@ MARKERS = {
     "prune_difference": "v",
     "contrast_difference": "<",
     "fv_centred": "P",
+    "own": "*",
+    "other_task": "h",
+    "same_activation": "p",
+    "same_density": "d",
+    "most_active": "8",
 }
 LABELS = {
     "zero_shot": "zero-shot",
@@ -136,6 +146,11 @@ LABELS = {
     "prune_difference": "pruned difference",
     "contrast_difference": "largest codes of it",
     "fv_centred": "function vector",
+    "own": "the task's features",
+    "other_task": "another task's",
+    "same_activation": "of equal activation",
+    "same_density": "random, same density",
+    "most_active": "most active",
 }
 # Where a vector of every token stands.
 PLACES = {
@@ -147,7 +162,10 @@ TEMPLATES = {
     "arrow": "x -> y", "colon": "x: y", "equals": "x = y", "question": "Q: x ⏎ A: y", "instruction": "line ⏎ x -> y",
 }  # fmt: skip
 STYLES = {"add": "-", "replace": (0, (5, 2)), "none": (0, (1, 1.5))}
-UNITS = {"loss": "loss (nats, first 2 answer tokens)", "rel_loss": "loss, change from zero-shot"}
+UNITS = {
+    "loss": "loss (nats, first 2 answer tokens)", "rel_loss": "loss, change from zero-shot",
+    "necessity": "necessity (0: few-shot, 1: zero-shot)",
+}  # fmt: skip
 CYCLE = [COLORS[m] for m in ("task_vector", "prune_contrast", "clean", "reconstruct", "learned_vector")]  # no methods
 GREW, SHRANK = COLORS["clean"], "#C8102E"
 INK, PALE = "#333333", "#E4E4E4"

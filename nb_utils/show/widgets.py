@@ -238,6 +238,7 @@ class Steering(_Live):
             return {"evidence": next(iter(found.values()), None)}
         import torch
 
+        from nb_utils import interventions
         from nb_utils.show import microscope
 
         vector = self.backend.steering_vector(question["task"], layer, latent, question["scale"])
@@ -247,7 +248,8 @@ class Steering(_Live):
         site = self.backend.prompt(text, answer)
         both = torch.cat([torch.zeros_like(vector), vector])  # side by side they cost little more than one
         if what == "continuation":
-            return _pair(microscope.continuations(self.backend.model, site.prompts[0], both, layer, N_TOKENS))
+            steered = interventions.Intervention({layer: interventions.add(both)})
+            return _pair(interventions.continuations(self.backend.model, site.prompts[0], steered, N_TOKENS))
         if what != "view":
             raise WidgetError(f"The steering control knows no question {what!r}.")
         return _pair(self._shown(views[0], bool(answer.strip())) for views in microscope.views(site, both, layer))
