@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written by one process at a time, checked by their hash when read."""
+"""Files: where those of the book lie, and how they are written whole or not at all and checked when read."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ from filelock import FileLock, Timeout
 
 from nb_utils.text import visible
 
+# A package that is installed carries the data among its modules; in a clone they lie beside it, as all else does.
+HERE = Path(__file__).resolve().parent
+CLONE = None if (HERE / "data").is_dir() else HERE.parent
+DATA = (CLONE or HERE) / "data"
 MANIFEST = "manifest.json"
 SEAL = hashlib.sha256().digest_size
 SAID_AGAIN = 60  # seconds between two words of who waits
@@ -26,6 +30,15 @@ READ = (".safetensors", ".json", ".jinja", ".model", ".txt")  # what is read of 
 
 class FileError(ValueError):
     """A file that cannot be written or is damaged; the message says what to do."""
+
+
+def cache() -> Path:
+    """Return the folder for what can be rebuilt: that of ``NB_CACHE``, a clone's ``.cache``, or one of the user's."""
+    if named := os.environ.get("NB_CACHE"):
+        return Path(named)
+    if CLONE is not None:
+        return CLONE / ".cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse-task-vectors"
 
 
 @contextmanager

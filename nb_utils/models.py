@@ -267,8 +267,8 @@ def _revision(name: str) -> str | None:
 
 
 def cache_dir() -> Path:
-    """Return the folder for converted models and other rebuildable files (``NB_CACHE``, else ``.cache``)."""
-    return Path(os.environ.get("NB_CACHE") or Path(__file__).resolve().parents[1] / ".cache")
+    """Return the folder for converted models and other rebuildable files, as `files.cache` does."""
+    return files.cache()
 
 
 def sha256(name: str) -> str | None:

@@ -15,7 +15,7 @@ PAIRS = "\n".join(f"{'x' * (i % 3)}{i} -> yes{i % 2}" for i in range(20))
 @pytest.fixture(scope="module")
 def bench():
     tiny = models.load("tiny")
-    return workbench.prepare(tiny, saes.random(tiny, LAYER, d_sae=256), tasks.parse(PAIRS), (1, LAYER))
+    return workbench.prepare(tasks.parse(PAIRS), LAYER, tiny, saes.random(tiny, LAYER, d_sae=256), others=(1,))
 
 
 def test_twenty_pairs_are_enough_and_the_held_out_ones_are_trained_on_by_nobody(bench):
@@ -69,7 +69,7 @@ def test_a_stop_is_heeded_at_the_next_step_and_keeps_the_best_so_far(bench, meth
 
 
 def test_watching_the_progress_changes_nothing(bench):
-    assert workbench.prune(bench, lambda done, of: None) == workbench.prune(bench)
+    assert workbench.prune(bench, progress=lambda done, of: None) == workbench.prune(bench)
 
 
 @pytest.mark.parametrize(

@@ -104,11 +104,7 @@ def continuations(
 ) -> list[str]:
     """Decode greedily from the end of a prompt, each vector added at its last separator alone; a line's end stops."""
     n, ids = len(vectors), torch.tensor([read.ids[: read.separators[-1] + 1]], device=model.device)
-
-    def steer(stream):
-        stream[:, -1] += vectors.to(stream)
-
-    with model.layout.hooked(layer, steer):
+    with engine.steer(model, vectors, layer):
         state = model.hf(ids.expand(n, -1), use_cache=True, logits_to_keep=1)
     tokens, text, going = [state.logits[:, -1].argmax(-1)], [""] * n, set(range(n))
     while True:
