@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING
 
 from nb_utils.text import visible
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 # A package that is installed carries the data among its modules; in a clone they lie beside it, as all else does.
 HERE = Path(__file__).resolve().parent
@@ -47,6 +49,8 @@ def alone(target: str | Path) -> Iterator[None]:
 
     It says so once a minute. Raises FileError if no lock can be had there.
     """
+    from filelock import FileLock
+
     target = Path(target)
     try:
         lock = FileLock(target.with_name(f".{target.name}.lock"))
@@ -63,6 +67,8 @@ def alone(target: str | Path) -> Iterator[None]:
 
 def _acquire(lock: FileLock, target: Path) -> None:
     """Wait for a lock that another process holds; one that cannot even be made is an OSError."""
+    from filelock import Timeout
+
     said, missing = None, 0
     while True:
         try:
