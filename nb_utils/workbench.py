@@ -17,6 +17,7 @@ from nb_utils import cleaning, decompositions, engine, exports, models, prompts,
 from nb_utils.models import EMBEDDED, Model
 from nb_utils.saes import Sae
 from nb_utils.saes import load as load_sae
+from nb_utils.text import visible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,8 +58,8 @@ class Bench:
     few_shot: float
 
     def __repr__(self) -> str:
-        trial = self.trial
-        return f"{trial.title}, after block {trial.sae.layer} of {trial.model.name}, {len(trial.pairs)} pairs held out"
+        title, model, layer = visible(self.trial.title), visible(self.trial.model.name), self.trial.sae.layer
+        return f"{title}, after block {layer} of {model}, {len(self.trial.pairs)} pairs held out"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ also installs it with its dependencies into an empty environment and runs README
 import ast
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -197,7 +198,7 @@ def test_an_empty_environment_runs_the_lines_of_readme_as_they_stand(tmp_path):
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("NB_", "PYTHON"))}
     env = {**clean, "PATH": f"{tmp_path / 'venv/bin'}:{os.environ['PATH']}", "NB_SAES": str(ROOT / "saes"),
            "NB_CACHE": str(tmp_path / "cache")}  # fmt: skip
-    subprocess.run(command, shell=True, cwd=source, env=env, check=True)  # README's own words, ours
+    subprocess.run(shlex.split(command), cwd=source, env=env, check=True)
     shutil.rmtree(source / "nb_utils")
     python = tmp_path / "venv/bin/python"
     done = subprocess.run([python, "-c", LINES], cwd=home, env=env, capture_output=True, text=True)
