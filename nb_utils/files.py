@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written by one process at a time, checked by their hash when read."""
+"""Files: where those of the book lie, and how they are written whole or not at all and checked when read."""
 
 from __future__ import annotations
 
@@ -13,11 +13,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING
 
 from nb_utils.text import visible
 
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+# A package that is installed carries the data among its modules; in a clone they lie beside it, as all else does.
+HERE = Path(__file__).resolve().parent
+CLONE = None if (HERE / "data").is_dir() else HERE.parent
+DATA = (CLONE or HERE) / "data"
 MANIFEST = "manifest.json"
 SEAL = hashlib.sha256().digest_size
 SAID_AGAIN = 60  # seconds between two words of who waits
@@ -28,12 +34,23 @@ class FileError(ValueError):
     """A file that cannot be written or is damaged; the message says what to do."""
 
 
+def cache() -> Path:
+    """Return the folder for what can be rebuilt: that of ``NB_CACHE``, a clone's ``.cache``, or one of the user's."""
+    if named := os.environ.get("NB_CACHE"):
+        return Path(named)
+    if CLONE is not None:
+        return CLONE / ".cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse-task-vectors"
+
+
 @contextmanager
 def alone(target: str | Path) -> Iterator[None]:
     """Hold the lock of a target, beside which it lies: a second process waits until the first has ended or was killed.
 
     It says so once a minute. Raises FileError if no lock can be had there.
     """
+    from filelock import FileLock
+
     target = Path(target)
     try:
         lock = FileLock(target.with_name(f".{target.name}.lock"))
@@ -50,6 +67,8 @@ def alone(target: str | Path) -> Iterator[None]:
 
 def _acquire(lock: FileLock, target: Path) -> None:
     """Wait for a lock that another process holds; one that cannot even be made is an OSError."""
+    from filelock import Timeout
+
     said, missing = None, 0
     while True:
         try:

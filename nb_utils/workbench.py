@@ -1,17 +1,32 @@
 """Clean a vector from a few pairs: task vector, layer curve, cleaning that can be stopped, weights set by hand."""
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nb_utils import cleaning, engine, exports, prompts, tasks, vectors
+from nb_utils import cleaning, engine, exports, models, prompts, tasks, vectors
 from nb_utils.models import EMBEDDED, Model
 from nb_utils.saes import Sae
+from nb_utils.saes import load as load_sae
+from nb_utils.text import visible
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+Pairs = tasks.Task | Mapping[str, object] | str | Path  # a task; pairs {x: y}; the name of a shipped task, or a file
+
+MODEL, SAES = "gemma-3-270m", "shipped"
 MAX_PAIRS = 1000
-N_CLEAN, N_TEST = 24, 24  # prompts to clean on, and to measure on
+N_CLEAN, N_TEST, N_SHOTS = 24, 24, 16  # prompts to clean on, and to measure on; examples in a few-shot prompt
 SIZES, STEPS, RATE = (50, 20, 10, 5), 16, 0.1
 PENALTY, CLEAN_STEPS, CLEAN_RATE = 1.0, 80, 0.2
 
@@ -42,6 +57,10 @@ class Bench:
     problem: cleaning.Problem
     few_shot: float
 
+    def __repr__(self) -> str:
+        title, model, layer = visible(self.trial.title), visible(self.trial.model.name), self.trial.sae.layer
+        return f"{title}, after block {layer} of {model}, {len(self.trial.pairs)} pairs held out"
+
 
 @dataclass(frozen=True)
 class Weighted:
@@ -51,6 +70,45 @@ class Weighted:
     weights: tuple[float, ...]
     bias: bool
     validation_loss: float
+
+
+@dataclass(frozen=True, repr=False)
+class Found(Weighted):
+    """A sparse task vector that was found: features with weights, what they do, and the bench that they are from.
+
+    ``losses``: nats over the first two answer tokens, by the whole vocabulary, with the vector added to the prompts
+    that it was cleaned on ("train"), chosen on ("validation") and never saw ("test"); those without a vector beside
+    them, on the last, without and with examples ("zero_shot", "few_shot").
+    """
+
+    bench: Bench = field(compare=False)
+    losses: dict[str, float] = field(hash=False)
+
+    @cached_property
+    def vector(self) -> Float[Tensor, " d_model"]:
+        """What the features add up to, to be added after the SAE's block at the last token of a prompt."""
+        return vector(self.bench.trial.sae, self)
+
+    @cached_property
+    def codes(self) -> Float[Tensor, " d_sae"]:
+        """The weights as codes of the SAE, 0 for all other latents."""
+        codes = torch.zeros(self.bench.trial.sae.d_sae)
+        codes[list(self.latents)] = torch.tensor(self.weights)
+        return codes
+
+    def features(self, k: int = 5) -> pd.DataFrame:
+        """List the features, as `features` does."""
+        return features(self, k)
+
+    def export(self, folder: str | Path) -> Path:
+        """Write the vector into a new folder, as `export` does."""
+        return export(self, folder)
+
+    def __repr__(self) -> str:
+        said = ", ".join(f"{name.replace('_', '-')} {loss:.2f}" for name, loss in self.losses.items())
+        own = [f"{latent} ({weight:.3g})" for latent, weight in zip(self.latents, self.weights, strict=True)]
+        many = f"{len(own)} feature{'s' * (len(own) != 1)} of {self.bench.trial.sae.name}{', and its bias' * self.bias}"
+        return f"{self.bench}\n{many}: {', '.join(own)}\nnats: {said}"
 
 
 def check(task: tasks.Task) -> tasks.Splits:
@@ -64,23 +122,41 @@ def check(task: tasks.Task) -> tasks.Splits:
     return tasks.split(task)
 
 
-def prepare(model: Model, sae: Sae, task: tasks.Task, layers: tuple[int, ...], seed: int = 0) -> Bench:
-    """Split a task, collect its separators after ``layers``, and prepare what every evaluation shares.
+def prepare(
+    task: Pairs, layer: int, model: Model | str = MODEL, saes: Sae | str | Path = SAES,
+    others: tuple[int, ...] = (), seed: int = 0,
+) -> Bench:
+    """Split a task, collect its separators after ``layer``, and prepare what every evaluation shares.
 
-    Raises as `check` does.
+    ``task``: a shipped one by name, the path of a file (`tasks.load`), or pairs {x: y}. ``model``: loaded, or its name
+    (`models.load`). ``saes``: an SAE, or a set of them (`saes.load`). ``others``: layers beside, for `curve`.
+    Raises as `check` does, and as these do; WorkbenchError for an SAE of another layer.
     """
+    if isinstance(task, Mapping):
+        task = tasks.parse(json.dumps({"title": "Own pairs", "pairs": task}, default=str))
+    task = task if isinstance(task, tasks.Task) else tasks.load(task)
     split = check(task)
-    at = vectors.separators(model, split.vector, layers, seed=seed)
+    model = model if isinstance(model, Model) else models.load(model)
+    sae = saes if isinstance(saes, Sae) else load_sae(model, saes, layer)
+    if sae.layer != layer:
+        raise WorkbenchError(f"{sae.name} reads block {sae.layer}, not {layer}: ask for that layer, or load its SAE.")
+    at = vectors.separators(model, split.vector, sorted({layer, *others}), n_shots=N_SHOTS, seed=seed)
     trial = _trial(model, sae, split.test[:N_TEST], task.title, task.licence)
-    shown = prompts.few_shot(model.tokenizer, split.vector, trial.pairs, n_shots=16, seed=seed)
-    few = engine.Site.prepare(model, shown, answer_tokens=2).unsteered().loss().mean().item()
+    few = _examples(model, split.vector, trial.pairs, seed).unsteered().loss().mean().item()
     train, validation = _site(model, split.train[:N_CLEAN]), _site(model, split.validation[:N_CLEAN])
-    problem = cleaning.Problem(train, validation, sae.layer, vocabulary=engine.vocabulary(train, validation))
+    # The words of an answer that a vector brings about are likely with examples alone.
+    shown = _examples(model, split.vector, split.validation[:N_CLEAN], seed)
+    problem = cleaning.Problem(train, validation, layer, vocabulary=engine.vocabulary(train, validation, shown))
     return Bench(trial, at, problem, few)
 
 
 def _site(model: Model, pairs) -> engine.Site:
     return engine.Site.prepare(model, prompts.zero_shot(model.tokenizer, pairs), answer_tokens=2)
+
+
+def _examples(model: Model, pool, pairs, seed: int) -> engine.Site:
+    shown = prompts.few_shot(model.tokenizer, pool, pairs, N_SHOTS, seed)
+    return engine.Site.prepare(model, shown, answer_tokens=2)
 
 
 def _trial(model: Model, sae: Sae, pairs, title: str, licence: str) -> Trial:
@@ -98,28 +174,68 @@ def curve(bench: Bench) -> list[dict]:
     return found
 
 
-def prune(bench: Bench, progress: cleaning.Progress | None = None) -> list[Weighted]:
-    """Prune contrast codes with refit: one result for each of `SIZES` that was reached."""
+def prune(
+    task: Bench | Pairs, layer: int | None = None, model: Model | str = MODEL, saes: Sae | str | Path = SAES,
+    sizes: tuple[int, ...] = SIZES, steps: int = STEPS, progress: cleaning.Progress | None = None,
+) -> list[Found]:
+    """Prune contrast codes with refit: one result for each of ``sizes`` that was reached.
+
+    ``task`` to ``saes``: a bench alone, or what `prepare` makes one of. ``steps``: after each cut.
+    """
+    bench = _bench(task, layer, model, saes)
     start = vectors.contrast_codes(bench.at, bench.problem.layer, bench.trial.sae).codes[None]
-    path = cleaning.prune_with_refit(bench.problem, bench.trial.sae, start, SIZES, RATE, STEPS, progress=progress)[0]
-    return [_weighted(result, bias=False) for result in path]
+    path = cleaning.prune_with_refit(bench.problem, bench.trial.sae, start, sizes, RATE, steps, progress=progress)[0]
+    return _found(bench, path, bias=False)
 
 
-def clean(bench: Bench, progress: cleaning.Progress | None = None) -> list[Weighted]:
-    """Clean the task vector's codes as the post does, at one penalty."""
+def clean(
+    task: Bench | Pairs, layer: int | None = None, model: Model | str = MODEL, saes: Sae | str | Path = SAES,
+    penalty: float = PENALTY, steps: int = CLEAN_STEPS, progress: cleaning.Progress | None = None,
+) -> Found:
+    """Clean the task vector's codes as the post does, at one penalty (nats at the starting L1).
+
+    ``task`` to ``saes``: a bench alone, or what `prepare` makes one of.
+    """
+    bench = _bench(task, layer, model, saes)
     start = bench.trial.sae.pre_activations(vectors.task_vector(bench.at, bench.problem.layer))[None]
     found = cleaning.clean(
-        bench.problem, bench.trial.sae, start, [PENALTY], CLEAN_RATE, CLEAN_STEPS, bias=True, progress=progress)
-    return [_weighted(found[0], bias=True)]
+        bench.problem, bench.trial.sae, start, [penalty], CLEAN_RATE, steps, bias=True, progress=progress)
+    return _found(bench, found, bias=True)[0]
 
 
-METHODS = {"prune": prune, "clean": clean}
+def _bench(task, layer, model, saes) -> Bench:
+    if isinstance(task, Bench):
+        return task
+    if layer is None:
+        raise WorkbenchError("Say after which block the vector is to be added: give a layer, such as layer=10.")
+    return prepare(task, layer, model, saes)
 
 
-def _weighted(result: cleaning.Cleaned, bias: bool) -> Weighted:
-    latents = result.codes.nonzero()[:, 0]
-    latents = latents[result.codes[latents].abs().argsort(descending=True)]
-    return Weighted(tuple(latents.tolist()), tuple(result.codes[latents].tolist()), bias, result.validation_loss)
+def cleaned(bench: Bench, progress: cleaning.Progress | None = None) -> list[Found]:
+    """Clean as `clean` does, and return a path as `prune` does."""
+    return [clean(bench, progress=progress)]
+
+
+def pruned(bench: Bench, progress: cleaning.Progress | None = None) -> list[Found]:
+    """Prune as `prune` does."""
+    return prune(bench, progress=progress)
+
+
+METHODS = {"prune": pruned, "clean": cleaned}
+
+
+def _found(bench: Bench, path: list[cleaning.Cleaned], bias: bool) -> list[Found]:
+    path = cleaning.stated(bench.problem, path)
+    test = bench.trial.site.evaluate(torch.stack([one.vector for one in path]), bench.problem.layer).loss().mean(1)
+    found = []
+    for one, loss in zip(path, test.tolist(), strict=True):
+        latents = one.codes.nonzero()[:, 0]
+        latents = latents[one.codes[latents].abs().argsort(descending=True)]
+        losses = {"train": one.train_loss, "validation": one.validation_loss, "test": loss,
+                  "zero_shot": bench.trial.zero_shot, "few_shot": bench.few_shot}  # fmt: skip
+        weights = tuple(one.codes[latents].tolist())
+        found.append(Found(tuple(latents.tolist()), weights, bias, one.validation_loss, bench, losses))
+    return found
 
 
 def vector(sae: Sae, weighted: Weighted) -> Float[Tensor, " d_model"]:
@@ -133,7 +249,28 @@ def loss(trial: Trial, weighted: Weighted) -> float:
     return trial.site.evaluate(vector(trial.sae, weighted)[None], trial.sae.layer).loss().mean().item()
 
 
-def export(trial: Trial, weighted: Weighted) -> exports.Vector:
+def evaluate(bench: Bench, vector: Float[Tensor, " d_model"], mode: str = "add") -> float:
+    """Return the mean held-out loss (nats, first two answer tokens) of any vector after the bench's block.
+
+    ``mode``: "add" it at the prompt's last token, or "replace" the stream there.
+    """
+    return bench.trial.site.evaluate(vector[None], bench.problem.layer, mode).loss().mean().item()
+
+
+def features(found: Found, k: int = 5) -> pd.DataFrame:
+    """List features by the size of their code: latent, code (raw units), and the ``k`` tokens it promotes most.
+
+    What a direction promotes is read by the logit lens, whatever the sign of its code (see `vectors.logit_lens`).
+    """
+    import pandas as pd
+
+    trial = found.bench.trial
+    promoted, _ = vectors.logit_lens(trial.model, trial.sae.decoder_directions[list(found.latents)], k)
+    words = [[token for token, _ in row] for row in promoted]
+    return pd.DataFrame({"latent": found.latents, "code": found.weights, "promoted": words})
+
+
+def pack(trial: Trial, weighted: Weighted) -> exports.Vector:
     """Pack the weighted features with a card that lets others check them."""
     made, model, sae = vector(trial.sae, weighted), trial.model, trial.sae
     terms = EMBEDDED[model.name].licence if model.name in EMBEDDED else f"the licence of {model.name}"
@@ -146,6 +283,11 @@ def export(trial: Trial, weighted: Weighted) -> exports.Vector:
         licence=f"Model and SAE: {terms}. Pairs: {trial.licence}.",
     )
     return exports.Vector(made, torch.tensor(weighted.latents, dtype=torch.long), torch.tensor(weighted.weights), card)
+
+
+def export(found: Found, folder: str | Path) -> Path:
+    """Write a vector and its card into a new folder and return its path; raises ExportError as `exports.save` does."""
+    return exports.save(pack(found.bench.trial, found), folder)
 
 
 def restore(exported: exports.Vector, model: Model, sae: Sae) -> tuple[Trial, Weighted]:

@@ -506,3 +506,85 @@ def test_a_block_without_an_mlp_is_refused_in_a_sentence(tiny):
     assert layout.part(0, "resid") is layout.blocks[0]
     with pytest.raises(layouts.LayoutError, match="has no MLP where we look for one"):
         layout.part(0, "ff")
+
+
+def texts(tiny):
+    return [tiny.tokenizer(text, return_tensors="pt").input_ids for text in ("hot -> cold\nbig ->", "up ->")]
+
+
+def noise(*shape, seed=3):
+    return 5 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("mode", ["add", "replace"])
+def test_steering_the_plain_model_gives_what_the_engine_gives(tiny, mode):
+    vector, batch = noise(tiny.d_model), prompts.few_shot(tiny.tokenizer, pairs(), pairs()[:3], 2, seed=0)
+    expected = engine.Site.prepare(tiny, batch).evaluate(vector[None], 2, mode).nll[0]
+    for prompt, row in zip(batch, expected, strict=True):
+        with engine.steer(tiny, vector, 2, at=prompt.separators[-1], mode=mode) as steered:
+            log_probs = steered.hf(torch.tensor([prompt.ids])).logits[0].log_softmax(-1)
+        first = len(prompt.ids) - len(prompt.answer)
+        found = -log_probs[torch.arange(first - 1, len(prompt.ids) - 1), torch.tensor(prompt.answer)]
+        torch.testing.assert_close(found, row[: len(found)], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_last_token_of_a_text_is_steered_wherever_padding_stands(tiny, side):
+    long, short = texts(tiny)
+    gap, both = long.shape[1] - short.shape[1], noise(2, tiny.d_model)
+    pad = (gap, 0) if side == "left" else (0, gap)
+    ids = torch.cat([long, torch.nn.functional.pad(short, pad)])
+    mask = torch.cat([torch.ones_like(long), torch.nn.functional.pad(torch.ones_like(short), pad)])
+    order = (mask.cumsum(1) - 1).clamp_min(0)
+    with engine.steer(tiny, both, 1):
+        found = tiny.hf(ids, attention_mask=mask, position_ids=order).logits
+    for row, text, vector in zip(range(2), (long, short), both, strict=True):
+        with engine.steer(tiny, vector, 1, at=text.shape[1] - 1):
+            alone = tiny.hf(text).logits[0]
+        torch.testing.assert_close(found[row][mask[row].bool()], alone, atol=1e-4, rtol=0)
+
+
+def test_generation_goes_on_from_the_steered_token_and_is_not_steered_again(tiny):
+    ids, vector, said = texts(tiny)[0], noise(tiny.d_model), []
+    with engine.steer(tiny, vector, 2):
+        found = tiny.hf.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None)[0, ids.shape[1] :].tolist()
+    for _ in range(5):
+        with engine.steer(tiny, vector, 2, at=ids.shape[1] - 1):  # a text that is longer each time, without a cache
+            grown = torch.cat([ids, torch.tensor([said], dtype=torch.long)], 1)
+            said.append(tiny.hf(grown, use_cache=False).logits[0, -1].argmax().item())
+    assert found == said
+    assert found != tiny.hf.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None)[0, -5:].tolist()
+
+
+def test_every_token_can_be_steered_generated_ones_too(tiny):
+    ids, vector = texts(tiny)[0], noise(tiny.d_model)
+    with engine.steer(tiny, vector, 2, at=None):
+        whole = tiny.hf(ids).logits
+        begun = tiny.hf(ids[:, :4], use_cache=True)
+        rest = tiny.hf(ids[:, 4:], past_key_values=begun.past_key_values).logits
+    with engine.steer(tiny, vector, 2, at=range(ids.shape[1])):
+        torch.testing.assert_close(tiny.hf(ids).logits, whole)
+    torch.testing.assert_close(torch.cat([begun.logits, rest], 1), whole, atol=1e-4, rtol=0)
+
+
+def test_vectors_add_up_and_nothing_stays_after_an_error(tiny):
+    ids, vector = texts(tiny)[0], noise(tiny.d_model)
+    before = tiny.hf(ids).logits
+    with engine.steer(tiny, vector, 2), engine.steer(tiny, vector, 2):
+        twice = tiny.hf(ids).logits
+    with engine.steer(tiny, 2 * vector, 2):
+        torch.testing.assert_close(tiny.hf(ids).logits, twice, atol=1e-4, rtol=0)
+    with pytest.raises(KeyError), engine.steer(tiny, vector, 2):
+        raise KeyError
+    assert torch.equal(tiny.hf(ids).logits, before) and not torch.allclose(before, twice)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [({"layer": 6}, "blocks 0 to 5"), ({"vector": torch.zeros(7)}, "32 wide, the vector 7"),
+     ({"mode": "sub"}, "not 'sub'"), ({"at": 99}, "none at 99"), ({"at": [0, -99]}, "none at -99")],
+)  # fmt: skip
+def test_what_cannot_be_steered_is_refused_in_one_sentence(tiny, change, says):
+    asked = {"vector": torch.zeros(tiny.d_model), "layer": 2, **change}
+    with pytest.raises(ValueError, match=says), engine.steer(tiny, **asked):
+        tiny.hf(texts(tiny)[0])

@@ -24,8 +24,8 @@ def sae(tiny):
 @pytest.fixture(scope="module")
 def exported(tiny, sae):
     task = tasks.parse("\n".join(f"in{i} -> out{i}" for i in range(20)))
-    bench = workbench.prepare(tiny, sae, task, (LAYER,))
-    return workbench.export(bench.trial, workbench.Weighted((3, 17, 40), (1.5, -0.5, 2.0), False, 0.0))
+    bench = workbench.prepare(task, LAYER, tiny, sae)
+    return workbench.pack(bench.trial, workbench.Weighted((3, 17, 40), (1.5, -0.5, 2.0), False, 0.0))
 
 
 @pytest.fixture

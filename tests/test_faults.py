@@ -484,7 +484,7 @@ def test_damaged_weights_or_settings_of_an_sae_are_never_used(tiny, tmp_path):
 
 
 def test_the_shipped_saes_are_those_of_their_manifests():
-    folders = sorted(path.parent for path in saes.SHIPPED.glob("*/*/cfg.json"))
+    folders = sorted(path.parent for path in saes.shipped().glob("*/*/cfg.json"))
     assert folders and all(set(files.check(folder)) == {"cfg.json", "sae_weights.safetensors"} for folder in folders)
 
 

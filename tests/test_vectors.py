@@ -159,6 +159,20 @@ def test_no_output_counts_more_often_than_outputs_do_on_average(tiny, asked):
         word: shown.count(f" {word}") for word in ("bb", "cc", "dd")}
 
 
+def test_the_logit_lens_ranks_as_the_model_would_read_the_direction(tiny):
+    direction = torch.randn(1, tiny.d_model, generator=torch.Generator().manual_seed(0))
+    up, down = vectors.logit_lens(tiny, direction)
+    weight = 1 + tiny.hf.model.norm.weight  # Gemma stores its gains as a distance from one
+    scores = (direction / direction.square().mean().sqrt() * weight @ tiny.hf.lm_head.weight.T)[0]
+    scores[tiny.tokenizer.all_special_ids] = float("nan")
+    scores -= scores.nanmean()
+    order = scores.nan_to_num(-1e9).argsort(descending=True).tolist()
+    assert [token for token, _ in up[0]] == [vectors.piece(tiny.tokenizer, i) for i in order[:10]]
+    worst = [i for i in order if i not in tiny.tokenizer.all_special_ids][::-1][:10]
+    assert [token for token, _ in down[0]] == [vectors.piece(tiny.tokenizer, i) for i in worst]
+    assert up[0][0][1] == pytest.approx(scores[order[0]].item(), rel=1e-4)
+
+
 # --- decompositions ---
 
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 
@@ -168,7 +169,7 @@ def test_the_workbench_cleans_exports_and_loads(backend, tmp_path):
 def test_a_running_cleaning_can_be_stopped_and_refuses_a_second(backend, monkeypatch):
     from nb_utils import workbench
 
-    monkeypatch.setattr(workbench, "STEPS", 100_000)
+    monkeypatch.setitem(workbench.METHODS, "prune", partial(workbench.prune, steps=100_000))
     widget = widgets.workbench("tiny", backend)
     said = heard(widget)
     question = {"what": "clean", "pairs": PAIRS, "layer": 2, "method": "prune"}

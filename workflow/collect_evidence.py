@@ -8,11 +8,9 @@ import argparse
 import hashlib
 import json
 import math
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from nb_utils import files, models, saes
+from nb_utils import files, models, saes, vectors
 from nb_utils.models import Model, cache_dir
 from nb_utils.prompts import begin, opening
 from nb_utils.record import tables
@@ -36,7 +34,6 @@ WIDTH = CONTEXT - 1  # tokens of a sequence without BOS
 SEQUENCES = 8  # at least, to a pass of the model: what it works on then stays in the cache of a core
 EXAMPLES, PROMOTED = 5, 10
 BEFORE, AFTER = 16, 8  # tokens shown around a firing one
-UNUSED = re.compile(r"<unused\d+>")  # places that Gemma's vocabulary keeps free
 STEM = "features"
 
 
@@ -153,40 +150,19 @@ def _store(checkpoint: Path, tallies: dict[int, Tally], done: int) -> None:
     files.seal(checkpoint, safetensors.torch.save(state | {"done": torch.tensor(done)}))
 
 
-@torch.no_grad()
-def logit_lens(model: Model, directions: Float[Tensor, "n d_model"], block: int = 64) -> tuple[list, list]:
-    """Return the most promoted and the most suppressed tokens of each direction, as lists of {token, logit}.
-
-    A direction goes through the final norm as if it were the whole residual stream (which scales it, and weighs its
-    parts), then through the unembedding; the mean over the vocabulary is taken off. Places of the vocabulary that
-    stand for no text are left out (nostalgebraist 2020, "interpreting GPT: the logit lens").
-    """
-    tokenizer, layout = model.tokenizer, model.layout
-    special = set(tokenizer.all_special_ids)
-    kept = torch.tensor(
-        [i for i in range(min(len(tokenizer), layout.n_vocab))
-         if i not in special and not UNUSED.fullmatch(tokenizer.convert_ids_to_tokens(i))]
-    )  # fmt: skip
-    W_U = layout.unembedding(kept)[0]  # a bias is the same for every direction
-    up, down = [], []
-    for part in tqdm(directions.split(block), desc="logit lens", leave=False):
-        logits = (layout.norm(part.to(W_U)) @ W_U.T).float()
-        logits -= logits.mean(1, keepdim=True)
-        for found, largest in ((up, True), (down, False)):
-            top = logits.topk(min(PROMOTED, len(kept)), largest=largest)
-            for values, ids in zip(top.values.tolist(), kept[top.indices.cpu()].tolist(), strict=True):
-                named = zip(map(partial(piece, tokenizer), ids), values, strict=True)
-                found.append([{"token": token, "logit": rounded(value, 2)} for token, value in named])
-    return up, down
-
-
 def lens(model: Model, sae: Sae, cache: Path) -> tuple[list, list]:
-    """Return `logit_lens` of all latents of an SAE, kept in a file of ``cache``: it takes half a minute."""
+    """Return what all latents of an SAE promote and suppress, lists of {token, logit}, kept in a file of ``cache``.
+
+    See `vectors.logit_lens`; it takes half a minute.
+    """
     key = json.dumps([model.sha256, sae.sha256, str(model.dtype), PROMOTED])
     path = cache / f"lens.{hashlib.sha256(key.encode()).hexdigest()[:12]}.cached"
     stored = files.unsealed(path)
     if stored is None:
-        stored = json.dumps(logit_lens(model, sae.decoder_directions)).encode()
+        both = vectors.logit_lens(model, sae.decoder_directions, PROMOTED)
+        named = [[[{"token": token, "logit": rounded(logit, 2)} for token, logit in row] for row in rows]
+                 for rows in both]  # fmt: skip
+        stored = json.dumps(named).encode()
         files.seal(path, stored)
     up, down = json.loads(stored)
     return up, down
@@ -195,12 +171,6 @@ def lens(model: Model, sae: Sae, cache: Path) -> tuple[list, list]:
 def rounded(value: float, digits: int) -> float:
     """Keep some significant digits: the tables are committed, and noise does not compress."""
     return float(f"{value:.{digits}g}")
-
-
-def piece(tokenizer, token: int) -> str:
-    """Return the text of one token; one that is only a part of a character goes by its name in the vocabulary."""
-    text = tokenizer.decode([token])
-    return tokenizer.convert_ids_to_tokens(token) if "\ufffd" in text or not text else text
 
 
 def example(text: Text, at: int, activation: float) -> dict:

@@ -117,15 +117,15 @@ def strips(lm: models.Model, splits: dict, dictionaries: dict) -> pd.DataFrame:
 def cleaning(lm: models.Model, dictionaries: dict, task: str, layer: int) -> pd.DataFrame:
     """Do with the first 20 training pairs of a task what the workbench does; one row per vector."""
     pairs = [f"{pair.x} -> {pair.y}" for pair in tasks.split(tasks.load(task)).vector[:N_PAIRS]]
-    bench = workbench.prepare(lm, dictionaries[layer], tasks.parse("\n".join(pairs)), tuple(dictionaries))
+    bench = workbench.prepare(tasks.parse("\n".join(pairs)), layer, lm, dictionaries[layer], tuple(dictionaries))
     found = [{"method": "zero_shot", "layer": -1, "loss": bench.trial.zero_shot}]
     found += [{"method": "few_shot", "layer": -1, "loss": bench.few_shot}]
     for at in workbench.curve(bench):
         found += [{"method": name, "layer": at["layer"], "loss": at[name]} for name in ("task_vector", "centred")]
-    for name, method in {"prune_contrast": workbench.prune, "clean": workbench.clean}.items():
+    for name, method in {"prune_contrast": workbench.pruned, "clean": workbench.cleaned}.items():
         found += [
             {
-                "method": name, "layer": layer, "k": len(w.latents), "loss": workbench.loss(bench.trial, w),
+                "method": name, "layer": layer, "k": len(w.latents), "loss": w.losses["test"],
                 "validation_loss": w.validation_loss, "latents": w.latents, "weights": w.weights,
             }
             for w in method(bench)

@@ -248,7 +248,7 @@ def main() -> None:
     parser.add_argument("--ce-tokens", type=int, default=16_384, help="for the loss with the SAE spliced in")
     parser.add_argument("--out", type=Path, help="folder of tables (default: results/tables)")
     args = parser.parse_args()
-    folder = args.folder or saes.SHIPPED / args.model
+    folder = args.folder or saes.shipped() / args.model
     try:
         corpus = build_corpus.read(cache_dir() / "corpus")
         device = torch.device(models.placement())

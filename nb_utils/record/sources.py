@@ -33,7 +33,8 @@ def maker(stem: str) -> Path | None:
     found = [path for path in notebooks if stem == path.stem or stem.startswith(f"{path.stem}_")]
     if found:
         return max(found, key=lambda path: len(path.stem))
-    return ROOT / SCRIPTS[stem] if stem in SCRIPTS else None
+    script = SCRIPTS.get(stem)
+    return ROOT / script if script and (ROOT / script).is_file() else None
 
 
 def code(path: Path) -> str:

@@ -24,7 +24,7 @@ from nb_utils import files, tasks
 from nb_utils.record import sources
 from nb_utils.text import slug, visible
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = files.CLONE or Path()  # outside a clone, tables lie below the folder that one works in
 FOLDER = "results/tables"
 MODEL = "gemma-3-270m"
 NAMED = (MODEL, "smollm2-135m-instruct", "tiny", "random")  # models and SAEs that are taken before a folder so called
@@ -145,7 +145,7 @@ def save(
     The provenance gains ``code``, the hash of what makes tables of this stem (see `sources`). A full disk or a
     kill leaves an older table intact. The file carries its own hash, which `load` checks. Columns of `DTYPES` get these
     types; ``losses`` becomes a list of float32 a row, those of `RECORDS` lists of records.
-    ``folder``: a relative one is below the project root (None: that of NB_TABLES, or results/tables). The parameter
+    ``folder``: a relative one is below `ROOT` (None: that of NB_TABLES, or results/tables). The parameter
     ``sae_set`` of the provenance says which SAEs were read.
 
     Raises TableError if the table cannot be written.

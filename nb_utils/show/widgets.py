@@ -432,7 +432,7 @@ class Workbench(_Live):
         if what == "loss":
             return {"loss": workbench.loss(self.trial, weighted)}
         if what == "export":
-            exported = workbench.export(self.trial, weighted)
+            exported = workbench.pack(self.trial, weighted)
             return {"folder": str(exports.save(exported, str(question["folder"]).strip())), "loss": exported.card.loss}
         raise WidgetError(f"The workbench knows no question {what!r}.")
 
@@ -469,7 +469,7 @@ class Workbench(_Live):
             return self.stopped.is_set()
 
         tell(0, 1, "collecting separators")
-        bench = workbench.prepare(self.backend.model, self.backend.sae(layer), task, self.backend.layers)
+        bench = workbench.prepare(task, layer, self.backend.model, self.backend.sae(layer), self.backend.layers)
         tell(0, 1, "the task vector, layer by layer")
         curve = workbench.curve(bench)
         path = workbench.METHODS[method](bench, tell)
