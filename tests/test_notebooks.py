@@ -28,6 +28,12 @@ SIZES = {
     "repeat_layers": "3", "longer": "8", "first_cuts": "12", "often": 12,
     "mean_rates": "1,2", "refit_rates": "0.05,0.1", "dense_rates": "0.02,0.05",
 }  # fmt: skip
+# The least that can be asked of every list, on a task with sentences. Experiment 05 is of two blocks, which may be one.
+SINGLE = {
+    "task": "en_es", "layers": "3", "atoms": "4", "penalties": "1", "sizes": "4", "templates": "arrow", "seeds": 1,
+    "first_cuts": "12", "longer": "8", "counts": "6", "mean_rates": "1", "refit_rates": "0.1", "dense_rates": "0.05",
+}  # fmt: skip
+TWICE = {"05_cross_task_steering": {"layers": "3,3", "most": "1,1"}}
 # Prose is held to paths too: this finds folders at the root of a disk and ~/, not a fraction or a route.
 ABSOLUTE = re.compile(r"(?<![\w.:/])/(?:home|root|Users|tmp|work|mnt|data|opt|var)/|[A-Z]:\\\\|(?<!\w)~/")
 
@@ -140,7 +146,7 @@ def test_settings_of_the_workflow_ask_of_an_experiment_only_what_those_before_it
             assert asked(stem, "seeds") == ["1"] or "all" in layers | repeated or repeated <= layers, (model, stem)
 
 
-def runner(folder):
+def runner(folder, sizes=SIZES, **asked):
     """Run an experiment on the tiny model, once, after those whose tables it reads; return the folder of tables."""
     needs, done = workflow_needs(), set()
 
@@ -149,8 +155,8 @@ def runner(folder):
             run(other)
         if stem not in done:
             path = ROOT / f"book/experiments/{stem}.ipynb"
-            small = {key: value for key, value in SIZES.items() if key in runs.known_parameters(path)}
-            parameters = TINY | small | {"tables_dir": str(folder)}
+            small = {key: value for key, value in sizes.items() if key in runs.known_parameters(path)}
+            parameters = TINY | small | asked.get(stem, {}) | {"tables_dir": str(folder)}
             runs.execute(path, parameters, folder / f"{stem}.ipynb", folder / f"{stem}.log")
             done.add(stem)
         return folder
@@ -193,6 +199,19 @@ def test_an_experiment_runs_on_the_tiny_model_and_saves_its_table(path, tables_o
     assert set(table["task"]) == {"antonyms"}
     if "repeat_layers" in runs.known_parameters(path):
         assert table[table["layer"] >= 0].groupby("layer")["seed"].nunique().to_dict() == {2: 1, 3: SIZES["seeds"]}
+
+
+@pytest.fixture(scope="module")
+def single_tables_of(tmp_path_factory):
+    return runner(tmp_path_factory.mktemp("single"), SIZES | SINGLE, **TWICE)
+
+
+@every_experiment
+def test_an_experiment_runs_with_one_layer_and_one_value_in_every_list(path, single_tables_of):
+    listed = {name for name, value in runs.known_parameters(path).items() if "," in str(value)}
+    assert listed <= {*SINGLE, *TWICE.get(path.stem, {}), "fixed_scale"}, "a new list: give it one value here"
+    table = pd.read_parquet(single_tables_of(path.stem) / path.stem / "tiny/en_es.parquet")
+    assert set(table["layer"]) - {-1} == {3} and table["loss"].notna().all()
 
 
 @every_experiment
