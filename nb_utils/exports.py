@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,15 +139,20 @@ def _card(record: dict, path: Path) -> Card:
         kind = getattr(field.type, "__name__", str(field.type))
         value = record.get(field.name, field.default)  # an older card may lack what has one
         good = isinstance(value, kinds[kind]) if kind in kinds else isinstance(value, dict | list)
-        if not good or (kind == "int" and isinstance(value, bool)):
+        if not good or (kind in ("int", "float") and not _finite(value)):
             raise ExportError(f"{path} has no usable {field.name!r}: export the vector again.")
         fields[field.name] = value
-    pairs = fields["heldout"]
-    if not isinstance(fields["features"], dict) or not isinstance(pairs, list) or not all(
+    pairs, features = fields["heldout"], fields["features"]
+    good = isinstance(features, dict) and all(map(_finite, features.values())) and isinstance(pairs, list)
+    if not good or not all(
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in pairs
     ):
         raise ExportError(f"{path} has no usable list of held-out pairs or features: export the vector again.")
     return Card(**{**fields, "heldout": tuple(map(tuple, pairs))})
+
+
+def _finite(value: object) -> bool:
+    return type(value) in (int, float) and -math.inf < value < math.inf  # of integers of any size
 
 
 def _check_model(found: Vector, folder: Path, model) -> None:

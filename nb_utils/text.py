@@ -13,10 +13,6 @@ SIGN = re.compile(r"(?!(?<=[A-Za-z0-9])_[A-Za-z0-9])[!-/:-@\[-`{-~]")  # in a wo
 STEM, DIGITS = 40, 8  # length of a name, and of the hash behind it
 
 
-class Html(str):
-    """A piece of HTML; every other string is text."""
-
-
 def visible(text: str) -> str:
     """Return text on one line, with what does not show shown: line ends as ↵, characters without a glyph by number."""
     return "".join(c if _shows(c) else MARKS.get(c) or f"[U+{ord(c):04X}]" for c in str(text))
@@ -26,13 +22,13 @@ def _shows(c: str) -> bool:
     return c.isprintable() or c in JOINERS or unicodedata.category(c) == "Zs"
 
 
-def verbatim(text: object) -> Html:
+def verbatim(text: object) -> str:
     """Return text that shows as itself in Markdown, in HTML, and in pages where MathJax looks for formulas.
 
     Every sign that could mean something there becomes its number; the two that begin a formula stand in an element of
     their own, because MathJax reads the text of an element after it was decoded.
     """
-    return Html(SIGN.sub(lambda found: _numbered(found[0]), visible(str(text))))
+    return SIGN.sub(lambda found: _numbered(found[0]), visible(str(text)))
 
 
 def _numbered(sign: str) -> str:

@@ -10,8 +10,11 @@ import time
 import urllib.request
 from pathlib import Path
 
+import nbformat
 import pytest
 from conftest import ROOT, export_code
+from nbclient import NotebookClient
+from nbformat.sign import NotebookNotary
 from playwright.sync_api import expect
 
 from nb_utils import tasks
@@ -128,6 +131,16 @@ def test_the_static_strip_follows_its_menus(page):
     assert f"latent {part['latent'].iloc[0]}" in strip.inner_text()
 
 
+def test_without_javascript_words_and_numbers_stand_where_the_controls_would(browser, built):
+    context = browser.new_context(java_script_enabled=False)
+    tab = context.new_page()
+    tab.goto((built / "book/explore.html").resolve().as_uri(), timeout=WAIT)
+    said = tab.locator("article").inner_text()
+    assert said.count("A control stands here, which JavaScript draws") == 3 and "nats unsteered; at best" in said
+    assert ":has(" not in said and tab.locator(".nbw").count() == 0
+    context.close()
+
+
 def test_without_a_kernel_the_workbench_offers_nothing_that_could_not_work(page):
     bench = page.get_by_role("group", name="Clean your own vector")
     assert "make lab" in bench.inner_text()
@@ -204,6 +217,28 @@ def live(browser, lab):
     yield tab
     context.close()
     assert not complaints
+
+
+def test_a_saved_page_opened_again_says_what_to_do_and_shows_numbers_in_place_of_its_controls(browser, lab):
+    """Saved with its outputs, by a kernel that has ended: the controls are gone with it."""
+    address, token, home = lab
+    page, inside = nbformat.read(ROOT / "book/explore.ipynb", as_version=4), {"metadata": {"path": str(home)}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        NotebookClient(page, store_widget_state=False, resources=inside).execute()
+    nbformat.write(page, home / "book/saved.ipynb")
+    NotebookNotary().sign(page)
+    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    tab.goto(f"{address}/lab/tree/book/saved.ipynb?token={token}", timeout=WAIT)
+    tab.locator("[data-words]").nth(2).wait_for(timeout=WAIT)
+    lost = tab.get_by_text("model not found")
+    expect(lost).to_have_count(3, timeout=WAIT)
+    assert not any(line.is_visible() for line in lost.all())
+    assert tab.get_by_text("no JavaScript").count() == 0, "what JupyterLab makes of a noscript element"
+    numbers = ("nats unsteered; at best", "", "detector ")
+    for words, number in zip(tab.locator("[data-words]").all_inner_texts(), numbers, strict=True):
+        assert "Run > Run All Cells" in words and number in words
+    tab.close()
 
 
 def settled(tab, box):

@@ -1,6 +1,7 @@
 """Exported vectors: whole or not at all, checked when read, and usable without any of our code."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -114,6 +115,10 @@ DAMAGE = {
     "cut": (cut, "does not match the hash"),
     "layer is text": (lambda f: change(f, layer="3"), "no usable 'layer'"),
     "layer is true": (lambda f: change(f, layer=True), "no usable 'layer'"),
+    "a loss that is no number": (lambda f: change(f, loss=math.nan), "no usable 'loss'"),
+    "a scale without end": (lambda f: change(f, scale=math.inf), "no usable 'scale'"),
+    "a scale that is true": (lambda f: change(f, scale=True), "no usable 'scale'"),
+    "weights are text": (lambda f: change(f, features={"3": "<b>"}), "no usable list of held-out pairs or features"),
     "held-out pairs are one": (lambda f: change(f, heldout=["a ->"]), "no usable list of held-out pairs"),
     "another model": (lambda f: change(f, model_sha256="0"), "made for other weights"),
     "a layer too high": (lambda f: change(f, layer=99), "does not fit"),

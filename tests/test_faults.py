@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -723,9 +724,11 @@ def test_any_exported_folder_loads_or_is_an_export_error(export_folder, tiny, sa
     (folder / "vector.safetensors").write_bytes(weights)
     (folder / "card.json").write_text(json.dumps(card))
     try:
-        exports.load(folder, tiny, sae)
+        said = exports.load(folder, tiny, sae).card
     except exports.ExportError as error:
         one_sentence(str(error))
+    else:
+        assert all(map(math.isfinite, (said.loss, said.zero_shot_loss, said.scale, *said.features.values())))
 
 
 @fuzz

@@ -3,6 +3,7 @@ format strings or YAML either work and show as themselves, or are refused in one
 
 import ast
 import html
+import itertools
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -40,6 +42,7 @@ NASTY = [
 TITLE = "<img src=x onerror=alert(1)> $x$ {{a}} `b` *c* $(touch INJECTED); \"q\" it's שלום \u202eabc line z"
 SAFE = re.compile(r"[A-Za-z0-9_-]{1,40}\.[0-9a-f]{8}")
 any_text = st.text(st.characters(codec=None), max_size=60) | st.sampled_from(NASTY)
+held = any_text.filter(lambda text: not re.search("[\ud800-\udfff]", text))  # by a frame
 plain = settings(max_examples=150, deadline=None)
 
 
@@ -143,6 +146,21 @@ def test_a_title_shows_as_itself_in_a_figure(title):
     page = re.sub(rb"<style.*?</style>|<metadata>.*?</metadata>", b"", stream.getvalue(), flags=re.DOTALL)
     words = re.sub(r"<[^>]*>", "\n", page.decode())
     assert f"{visible(title)}: loss".strip() in html.unescape(words)
+
+
+@plain
+@given(st.lists(held, min_size=1, max_size=3), held)
+def test_a_table_shows_any_text_as_itself_and_only_the_columns_that_are_ours_as_html(cells, label):
+    link = [f'<a href="{i}.html">{i}</a>' for i in range(len(cells))]
+    columns = {"text": cells, f"{label} label": 1.5, "link": link, "Ours": link}
+    frame = pd.DataFrame(columns, index=[f"{i} {text}" for i, text in enumerate(cells)]).rename_axis(columns=label)
+    page = plots.table(frame, {f"{label} label": "{:.1%}"}, index=True, html=["Ours"]).to_html()
+    found = [html.unescape(re.sub("</?span>", "", cell)) for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", page)]
+    rows = [[f"{i} {text}", text, "150.0%", a, a] for i, (text, a) in enumerate(zip(cells, link, strict=True))]
+    wanted = [label, "text", f"{label} label", "link", "Ours", *itertools.chain(*rows)]
+    assert [cell for cell in found if cell.strip()] == [shown for text in wanted if (shown := visible(text)).strip()]
+    assert page.count("<a href") == len(cells) and not re.search(r"[$\\]", page.partition("</style>")[2])
+    assert not re.search(r"<(?!/?(style|table|thead|tbody|tr|t[hd]|a|span)[ >])", page)
 
 
 STEM = "01_reconstruction_loss"

@@ -33,6 +33,14 @@ SIZES = {
     "tries": 1, "budgets": "0.3,1", "strengths": "0.01,0.1", "n_pairs": "8,3", "n_heads": 3, "arrow_scales": "0.5,1",
     "n_streams": 4, "n_latents": 32, "k": 4, "sae_steps": 3, "rates": "0.05,0.1",
 }  # fmt: skip
+# The least that can be asked of every list, on a task with sentences. Experiment 05 is of two blocks, which may be one.
+SINGLE = {
+    "task": "en_es", "layers": "3", "atoms": "4", "penalties": "1", "sizes": "4", "templates": "arrow", "seeds": 1,
+    "first_cuts": "12", "longer": "8", "counts": "6", "mean_rates": "1", "refit_rates": "0.1", "dense_rates": "0.05",
+    "rescued": "3", "sae_layers": "3", "swap_sizes": "4", "scales": 5, "n_pairs": "8", "places": "ff", "strengths": "0.1",
+    "budgets": "0.3", "arrow_scales": "1",
+}  # fmt: skip
+TWICE = {"05_cross_task_steering": {"layers": "3,3", "most": "1,1"}}
 # Prose is held to paths too: this finds folders at the root of a disk and ~/, not a fraction or a route.
 ABSOLUTE = re.compile(r"(?<![\w.:/])/(?:home|root|Users|tmp|work|mnt|data|opt|var)/|[A-Z]:\\\\|(?<!\w)~/")
 
@@ -165,7 +173,7 @@ def small_models(tmp_path_factory):
     return {"grown_dir": str(folder)}
 
 
-def runner(folder, small_models):
+def runner(folder, small_models, sizes=SIZES, **asked):
     """Run an experiment on the tiny model, once, after those whose tables it reads; return the folder of tables."""
     needs, done = workflow_needs(), set()
 
@@ -174,10 +182,10 @@ def runner(folder, small_models):
             run(other)
         if stem not in done:
             path = ROOT / f"book/experiments/{stem}.ipynb"
-            known, given = runs.known_parameters(path), SIZES | small_models
+            known, given = runs.known_parameters(path), sizes | small_models
             small = {key: value for key, value in given.items() if key in known}
             tiny = {"task": OWN[stem]} if stem in OWN else TINY
-            parameters = tiny | small | {"tables_dir": str(folder)}
+            parameters = tiny | small | asked.get(stem, {}) | {"tables_dir": str(folder)}
             runs.execute(path, parameters, folder / f"{stem}.ipynb", folder / f"{stem}.log")
             done.add(stem)
         return folder
@@ -219,6 +227,19 @@ def test_an_experiment_runs_on_the_tiny_model_and_saves_its_table(path, tables_o
     assert set(table["task"]) == {"antonyms"}
     if "repeat_layers" in runs.known_parameters(path):
         assert table[table["layer"] >= 0].groupby("layer")["seed"].nunique().to_dict() == {2: 1, 3: SIZES["seeds"]}
+
+
+@pytest.fixture(scope="module")
+def single_tables_of(tmp_path_factory, small_models):
+    return runner(tmp_path_factory.mktemp("single"), small_models, SIZES | SINGLE, **TWICE)
+
+
+@of_text
+def test_an_experiment_runs_with_one_layer_and_one_value_in_every_list(path, single_tables_of):
+    listed = {name for name, value in runs.known_parameters(path).items() if "," in str(value)}
+    assert listed <= {*SINGLE, *TWICE.get(path.stem, {}), "fixed_scale"}, "a new list: give it one value here"
+    table = pd.read_parquet(single_tables_of(path.stem) / path.stem / "tiny/en_es.parquet")
+    assert set(table["layer"]) - {-1} == {3} and table["loss"].notna().all()
 
 
 @every_experiment

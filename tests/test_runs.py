@@ -1,8 +1,10 @@
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from html import unescape
 
 import nbformat
 import pytest
@@ -17,10 +19,10 @@ PARAMETERS = 'task = "antonyms"\nlayers = "8,10"\nseed = 0\nlearning_rate = 0.01
 def notebook(tmp_path):
     """Write a notebook with parameters and the given last cell; return its path."""
 
-    def write(last="print(task, layers, seed)"):
+    def write(last="print(task, layers, seed)", more=""):
         cells = [
             new_markdown_cell("# A run"),
-            new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
+            new_code_cell(f"{PARAMETERS}\n{more}", metadata={"tags": ["parameters"]}),
             new_code_cell(last),
         ]
         kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -43,6 +45,29 @@ def test_a_finished_run_is_the_executed_copy_and_its_title_names_the_task(notebo
     assert cells[-1].outputs[0].text == "en_es 8,10 3\n"
     assert left_in(output.parent) == ["antonyms.ipynb"]
     assert "en_es 8,10 3" in log.read_text()
+
+
+def test_a_page_says_what_was_merged_of_a_task_and_which_saes_a_set_stood_for(notebook, tmp_path):
+    rows = [[f"w{i}", f"v{i}"] for i in range(40)] + [["w0", "v0"], ["w1", "<b>"]]
+    own = tmp_path / "own task.json"
+    own.write_text(json.dumps({"title": "Own", "pairs": rows}))
+    save = """
+import pandas as pd
+from nb_utils import tasks
+from nb_utils.record import tables
+used = dict(task=task, model=model, sae_set=sae_set)
+origin = tables.provenance(used, "m", {8: "hub:a-release:layer_8/width_16k", 10: "0123456789abcdef"})
+tables.save(pd.DataFrame({"loss": [1.0]}), "01_run", tasks.load(task).name, origin, folder=tables_dir, model=model)"""
+    path = notebook(save, f'model = "tiny"\nsae_set = "shipped"\ntables_dir = {str(tmp_path / "tables")!r}')
+    merged = "Entries that repeat an earlier input: 1 copies, dropped; 1 with other answers, accepted too."
+    told = []
+    for saes in ("shipped", "a-release"):
+        runs.execute(path, {"task": str(own), "sae_set": saes}, tmp_path / "out/run.ipynb")
+        heading, *more = nbformat.read(tmp_path / "out/run.ipynb", as_version=4).cells[0].source.split("\n\n")
+        assert heading.startswith("# A run: Own ")
+        told.append([*map(unescape, more)])
+    saes = "SAEs of a-release: after block 8, a-release:layer_8/width_16k; after block 10, the one of hash 01234567."
+    assert told == [[merged], [merged, saes]]
 
 
 def test_an_unknown_parameter_is_refused_with_the_known_ones(notebook, tmp_path):

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -86,8 +86,9 @@ def execute(
     Until then the copy lies beside `output` under a hidden name: a killed run leaves nothing that looks
     finished, and an older `output` stays. Where another process makes the same `output`, perhaps because what
     started it was killed, we wait for it to end. A failed run keeps its copy as ``<output stem>.failed.ipynb``.
-    The title of a copy names its task, and the model and SAEs where they are not the book's. What papermill reports and
-    the cells print goes to `log`.
+    The title of a copy names its task, and the model and SAEs where they are not the book's; below it stand what was
+    merged of the task's file, and which SAEs a set of the user stood for. What papermill reports and the cells print
+    goes to `log`.
 
     Raises RunError if a parameter is unknown (papermill alone only warns), a cell fails or the copy can't be written.
     """
@@ -117,7 +118,8 @@ def _execute(notebook, parameters: Mapping[str, object], scratch: Path, failed: 
             raise RunError(f"{notebook} stopped before its last cell.")
         if "task" in parameters:  # the pages of all tasks stand in one table of contents
             title, _, rest = run.cells[0].source.partition("\n")
-            run.cells[0].source = f"{title}: {_described(parameters)}\n{rest}".rstrip()
+            told = map(verbatim, _told(Path(notebook).stem, {**known_parameters(notebook), **parameters}))
+            run.cells[0].source = "\n\n".join([f"{title}: {_described(parameters)}\n{rest}".rstrip(), *told])
             nbformat.write(run, scratch)
     except (PapermillException, RuntimeError, RunError) as error:  # the second: a kernel that died or never came
         if not scratch.exists():
@@ -142,6 +144,28 @@ def _described(parameters: Mapping[str, object]) -> str:
     given = {"model": tables.MODEL, "sae_set": "shipped", **parameters}
     place = tables.place(str(given["model"]), str(given["sae_set"]))
     return verbatim(shown if place == tables.MODEL else f"{shown}, {place.replace('+', ' with ')}")
+
+
+def _told(stem: str, given: Mapping[str, object]) -> Iterator[str]:
+    """Say what became of the inputs of a finished run: which entries of the task were merged, which SAEs were taken.
+
+    The experiment leaves both to its task and to its table's provenance; here the reader of the page is told.
+    """
+    try:
+        word = tasks.load(str(given["task"]))
+        yield from [word.merged] * bool(word.merged)
+        if (sae_set := str(given.get("sae_set", "shipped"))) not in ("shipped", "random"):
+            path = tables.file(stem, word.name, str(given["model"]), str(given["tables_dir"]), sae_set)
+            found = tables.read_provenance(path)["sae_sha256"]
+            named = (f"after block {layer}, {_named(found[layer])}" for layer in sorted(found, key=int))
+            yield f"SAEs of {sae_set}: {'; '.join(named)}."
+    except (tasks.TaskError, tables.TableError, LookupError):  # no task or table of ours: nothing to tell
+        return
+
+
+def _named(sha256: str) -> str:
+    hub, _, name = sha256.partition(":")
+    return name or f"the one of hash {hub[:8]}"
 
 
 def _sentence(error: Exception) -> str:

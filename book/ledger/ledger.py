@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pkgutil
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -177,18 +177,18 @@ def table(judged: Mapping[str, Row], links: bool = False) -> Styler:
         claim = f"{escape(row.claim.claim)} ({row.claim.source})"
         if row.number is None or not links:
             claim = f"<b>{claim}</b><br>{escape(row.decides)}"
-        line = {"claim": claim, "verdict": row.verdict, "our number [95 %]": _unbroken(row), "asked": escape(row.asked)}
+        line = {"claim": claim, "verdict": row.verdict, "our number [95 %]": _unbroken(row), "asked": row.asked}
         line["tasks"] = _unbroken(row.on_side)
         if links:
             line["over families"] = _unbroken(row.over_families)
             line["page"] = f'<a href="{row.claim.page}.html">{row.claim.page[:2]}</a>'
         lines.append(line)
-    return _wrapped(pd.DataFrame(lines))
+    return _wrapped(pd.DataFrame(lines), html=["claim", "page"])
 
 
-def _wrapped(frame: pd.DataFrame) -> Styler:
+def _wrapped(frame: pd.DataFrame, html: Sequence[str] = ()) -> Styler:
     style = {"selector": "td", "props": "white-space: normal; vertical-align: top"}
-    return plots.table(frame).set_table_styles([style], overwrite=False)
+    return plots.table(frame, html=html).set_table_styles([style], overwrite=False)
 
 
 def _unbroken(text: object) -> str:
@@ -240,8 +240,8 @@ def depending(found: pd.DataFrame, path: Path = FOLDER) -> pd.DataFrame:
 def depending_table(changed: pd.DataFrame) -> Styler:
     """Show what `depending` returns."""
     shown = {
-        "claim": changed["claim"].map(escape), PRINTED: changed["printed"].map(_unbroken),
-        "with another choice": changed["choice"].map(escape), "then": changed["verdict"].map(_unbroken),
+        "claim": changed["claim"], PRINTED: changed["printed"].map(_unbroken),
+        "with another choice": changed["choice"], "then": changed["verdict"].map(_unbroken),
     }  # fmt: skip
     return _wrapped(pd.DataFrame(shown))
 

@@ -222,6 +222,13 @@ def names(
     return [path.stem for path in _paths(_place(stem, model, folder, sae_set))]
 
 
+def file(
+    stem: str, task: str, model: str = MODEL, folder: str | Path | None = None, sae_set: str = "shipped"
+) -> Path:
+    """Return where the table of an experiment and a task lies, whether it is there or not."""
+    return _place(stem, model, folder, sae_set) / f"{task}.parquet"
+
+
 def origins(stem: str, model: str = MODEL, folder: str | Path | None = None) -> list[dict[str, object]]:
     """Return what every table of an experiment was saved with, in the order of the tasks' names."""
     return [read_provenance(path) for path in _paths(_place(stem, model, folder))]

@@ -23,6 +23,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from pandas.io.formats.style import Styler
 
 from nb_utils import statistics, tasks
+from nb_utils.text import verbatim
 
 # Okabe and Ito's palette for the methods that carry the story, Paul Tol's muted one for their siblings, greys
 # for references and controls. Two methods whose colours are near for anyone's eyes have different markers.
@@ -650,19 +651,24 @@ def accuracy_dots(frame: pd.DataFrame, ax: Axes | None = None, value: str = "acc
 
 
 def table(
-    frame: pd.DataFrame, formats: Mapping[str, str] | None = None, precision: int = 2, index: bool = False
-) -> Styler:
+    frame: pd.DataFrame, formats: Mapping[str, str] | None = None, precision: int = 2, index: bool = False,
+    html: Sequence[str] = (),
+) -> Styler:  # fmt: skip
     """Return a frame as the book shows tables: formatted, missing values as dashes, long names and texts wrapped.
 
-    ``formats``: {column: format string}; other numbers get ``precision`` digits. The name of the columns' axis is
-    written above the index.
+    ``formats``: {column: format string}; other numbers get ``precision`` digits. ``html``: the columns whose cells are
+    HTML of ours, such as `evidence.link`; all other cells, and all labels, are text that shows as itself. The name of
+    the columns' axis is written above the index.
     """
     digest = hashlib.sha256(frame.to_csv().encode()).hexdigest()[:8]  # the same page at every build
-    styled = Styler(frame.rename_axis(index=None), uuid=digest, cell_ids=False)
-    styled = styled.format(dict(formats or {}), precision=precision, na_rep="–")
+    lengths = frame.map(lambda cell: len(re.sub("<[^>]*>", "", str(cell))))
+    prose = ", ".join(f"td.col{i}" for i in range(lengths.shape[1]) if lengths.iloc[:, i].max() > 40)
+    frame = frame.apply(lambda column: column if column.name in html else column.map(_text))
+    frame = frame.rename(index=_text, columns=_text).rename_axis(index=None).rename_axis(columns=_text)
+    styled = Styler(frame, uuid=digest, cell_ids=False)
+    formats = {_text(name): form for name, form in (formats or {}).items()}
+    styled = styled.format(formats, precision=precision, na_rep="–")
     names = "th.row_heading, th.blank, th.index_name" if index else ".col0"
-    shown = frame.map(lambda cell: len(re.sub("<[^>]*>", "", str(cell))))
-    prose = ", ".join(f"td.col{i}" for i in range(shown.shape[1]) if shown.iloc[:, i].max() > 40)
     styled = styled.set_table_attributes('class="dataframe"').set_table_styles(
         [
             {"selector": "td, th", "props": "text-align: right; vertical-align: bottom; padding: 0.25rem 0.5rem"},
@@ -672,6 +678,11 @@ def table(
         ]
     )
     return styled if index else styled.hide(axis="index")
+
+
+def _text(value: object) -> object:
+    """Write what is text so that it shows as itself; numbers and what is missing are to be formatted."""
+    return verbatim(value) if isinstance(value, str) else value
 
 
 def method_legend(figure: Figure, methods: Sequence[str]) -> Legend:

@@ -33,8 +33,10 @@ N_TOKENS = 4  # of a continuation
 WHOLE = -1  # stands for the pruned vector, all its features together; smaller numbers for random directions
 KEPT = 10  # features of the pruned vector
 ABSENT = (
-    "<p>A control stands here. JavaScript draws it, and in a saved notebook it is gone with its kernel: "
-    "choose Run &gt; Run All Cells to have it back.</p>"
+    "<p>A control stands here, which JavaScript draws: without that, text and figures are complete. In a saved "
+    "notebook it is gone with its kernel: choose Run &gt; Run All Cells to have it back.</p>"
+    # JupyterLab's own "model not found" would stand below that: a control that is not there has no elements.
+    "<style>.jp-OutputArea:has([data-words]:not([hidden])) .jupyter-widgets:not(:has(*)) { display: none }</style>"
 )
 LIVE_SCALES = tuple(round(-1 + 0.05 * i, 2) for i in range(51))  # of the mean residual norm
 
