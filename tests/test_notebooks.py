@@ -13,21 +13,16 @@ import pytest
 import yaml
 
 from nb_utils.record import tables
-from workflow import runs, stale
+from workflow import runs, same, stale
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = sorted((ROOT / "book/experiments").glob("*.ipynb"))
 FINDINGS = sorted((ROOT / "book/findings").glob("*.ipynb"))
 COMMON = ("task", "model", "sae_set", "layers", "tables_dir")
-# A tiny run of every experiment: the parameters that all share, and sizes for those that an experiment has.
+# A tiny run of every experiment, in the sizes of the sample that `make same` runs.
+SAMPLE = yaml.safe_load(same.SETTINGS.read_text())
 TINY = {"task": "antonyms", "model": "tiny", "sae_set": "shipped", "layers": "2,3"}
-SIZES = {
-    "n_prompts": 4, "n_shots": 4, "n_train": 8, "n_validation": 6, "n_test": 8, "n_sentences": 4, "seeds": 2,
-    "atoms": "2,4,8", "penalties": "1,3", "penalty": 1.0, "sizes": "10,4,2", "steps": 6, "steps_a_stage": 2,
-    "scales": 5, "coarse": 3, "n_others": 3, "n_text": 6, "following": 5, "templates": "arrow,question",
-    "repeat_layers": "3", "longer": "8", "first_cuts": "12", "often": 12,
-    "mean_rates": "1,2", "refit_rates": "0.05,0.1", "dense_rates": "0.02,0.05",
-}  # fmt: skip
+SIZES = SAMPLE["sizes"] | SAMPLE["models"]["tiny"]["every"]
 # Prose is held to paths too: this finds folders at the root of a disk and ~/, not a fraction or a route.
 ABSOLUTE = re.compile(r"(?<![\w.:/])/(?:home|root|Users|tmp|work|mnt|data|opt|var)/|[A-Z]:\\\\|(?<!\w)~/")
 
@@ -142,15 +137,14 @@ def test_settings_of_the_workflow_ask_of_an_experiment_only_what_those_before_it
 
 def runner(folder):
     """Run an experiment on the tiny model, once, after those whose tables it reads; return the folder of tables."""
-    needs, done = workflow_needs(), set()
+    needs, done = same.readers(), set()
 
     def run(stem):
         for other in needs.get(stem, []):
             run(other)
         if stem not in done:
             path = ROOT / f"book/experiments/{stem}.ipynb"
-            small = {key: value for key, value in SIZES.items() if key in runs.known_parameters(path)}
-            parameters = TINY | small | {"tables_dir": str(folder)}
+            parameters = TINY | same.sizes(path, "tiny") | {"tables_dir": str(folder)}
             runs.execute(path, parameters, folder / f"{stem}.ipynb", folder / f"{stem}.log")
             done.add(stem)
         return folder
@@ -176,14 +170,6 @@ def tables_again(tmp_path_factory):
             time.sleep(0.1)
         yield runner(folder)
         parent.stdin.close()
-
-
-def workflow_needs():
-    """Read from the Snakefile which experiments read the tables of others."""
-    snakefile = (ROOT / "workflow/Snakefile").read_text()
-    found = [ast.literal_eval(line) for line in re.findall(r"^(?:SAME|EVERY)_TASK = (.+)$", snakefile, re.MULTILINE)]
-    assert len(found) == 2
-    return found[0] | found[1]
 
 
 @every_experiment
