@@ -92,6 +92,13 @@ def test_a_finding_reads_tables_and_never_imports_torch(path):
     assert "tables" in source
 
 
+@pytest.mark.parametrize("path", FINDINGS, ids=name)
+def test_a_finding_uses_the_ledgers_choices(path):
+    """Which tasks count, and at which block a vector stands, is asked of `Book`, which the claims ask, too."""
+    source = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "code")
+    assert not re.search(r"best_layer|statistics\.solved|survivors", source)
+
+
 @every_experiment
 def test_parameters_come_first_and_are_flat_scalars(path):
     first = next(cell for cell in read(path).cells if cell.cell_type == "code")
@@ -99,6 +106,14 @@ def test_parameters_come_first_and_are_flat_scalars(path):
     defaults = runs.known_parameters(path)
     assert set(COMMON) <= set(defaults)
     assert all(isinstance(value, str | int | float | bool) for value in defaults.values())
+
+
+@every_experiment
+def test_an_experiment_loads_as_all_do(path):
+    """What every experiment loads stands once, in `scores.prepare`."""
+    code = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "code")
+    assert code.count("scores.prepare(task, model, sae_set, layers") == 1
+    assert not re.search(r"models\.load|tasks\.split\(word|saes\.layers|scores\.repeated|\.fast\(\)", code)
 
 
 @every_experiment
