@@ -1,5 +1,5 @@
 # book: run the post's experiments on three tasks and build the book · report: all of them on every task · test: the suite
-# More: html (only rebuild the pages) stale map serve lab lint saes grow evidence explore tasks bench audit clean. Each target installs what it needs into .venv.
+# More: html (only rebuild the pages) stale same map serve lab lint saes grow evidence explore tasks bench audit clean. Each target installs what it needs into .venv.
 
 # The versions of Python that will do, as pyproject.toml says: >=3.11.5,<3.14. The newest that runs is taken.
 PYTHONS := $(shell sed -n 's/^requires-python = "\(.*\)"/\1/p' pyproject.toml)
@@ -17,6 +17,8 @@ export BOOK_TASKS = $(value TASKS)
 export BOOK_MODEL = $(value MODEL)
 export BOOK_SAE_SET = $(value SAES)
 export BOOK_EXPERIMENTS = $(value EXPERIMENTS)
+export BOOK_ONLY = $(value ONLY)
+export BOOK_SINCE = $(value SINCE)
 # Files and paths are UTF-8; a terminal that has no character for something shows a question mark.
 export PYTHONUTF8 := 1
 export PYTHONIOENCODING := $(shell echo "$${PYTHONIOENCODING%%:*}"):replace
@@ -27,7 +29,7 @@ SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --profile workflow/p
 runs = $(SNAKEMAKE) --unlock $(1) >/dev/null 2>&1; $(SNAKEMAKE) $(1)
 
 .SILENT:
-.PHONY: book report html stale map model test lint serve lab saes evidence explore tasks bench audit constraints clean
+.PHONY: book report html stale same map model test lint serve lab saes evidence explore tasks bench audit constraints clean
 
 book: model
 	$(call runs,--config size=book)
@@ -51,6 +53,9 @@ html: .venv/installed
 
 stale: .venv/installed
 	$(BIN)/python -m workflow.stale results/tables $(wildcard results/runs/tables)
+
+same: model
+	$(BIN)/python -m workflow.same --since "$$BOOK_SINCE" --experiments "$$BOOK_EXPERIMENTS" --cores $(CORES)
 
 map: .venv/installed
 	$(BIN)/python -m workflow.map

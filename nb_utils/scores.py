@@ -1,4 +1,4 @@
-"""From vectors to rows: score candidates at a site and lay the results out as the book's tidy tables."""
+"""What experiments share: what all of them load, and rows, scores of candidates as the book's tidy tables."""
 
 from dataclasses import dataclass, field
 
@@ -7,7 +7,64 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nb_utils import models, saes, tasks
 from nb_utils.engine import Scores, Site, Vocabulary
+from nb_utils.models import Model
+from nb_utils.saes import Sae
+from nb_utils.tasks import Splits, Task
+from nb_utils.text import verbatim
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A task and its splits, a model, and what was asked for of its blocks, each with its SAE.
+
+    ``fast`` is the model that gradients are taken in, ``repeated`` those of ``wanted`` that are run with every seed.
+    """
+
+    word: Task
+    splits: Splits
+    lm: Model
+    fast: Model
+    wanted: list[int]
+    repeated: list[int]
+    saes: dict[int, Sae]
+
+    @property
+    def about_task(self) -> str:
+        """Say in Markdown how many pairs there are for what, with an example, and where they come from."""
+        word, splits, shown = self.word, self.splits, self.splits.test[0]
+        return (
+            f"**{verbatim(word.title)}**: {len(splits.vector)} pairs make vectors, {len(splits.train)} train them, "
+            f"{len(splits.validation)} validate, {len(splits.test)} test, for instance "
+            f"{verbatim(f'{shown.x} -> {shown.y}')}. Source: {verbatim(word.origin)} ({verbatim(word.licence)})."
+        )
+
+    @property
+    def about_model(self) -> str:
+        """Say in Markdown how large the model is, and which SAEs are read."""
+        blocks, latents = ", ".join(map(str, self.wanted)), self.saes[self.wanted[0]].d_sae
+        return (
+            f"{verbatim(self.lm.name)}: {self.lm.n_layers} blocks of width {self.lm.d_model}; SAEs with {latents:,} "
+            f"latents after block{'s' * (len(self.wanted) > 1)} {blocks}."
+        )
+
+
+def prepare(
+    task: str, model: str, sae_set: str, layers: str | int, repeat_layers: str | int = "all", seeds: int = 1,
+    half: bool = False,
+) -> Loaded:
+    """Load what an experiment's parameters ask for; ``layers``: blocks with commas between, or all that have an SAE.
+
+    ``half``: take gradients in the dtype that is fastest (`Model.fast`). Raises what `tasks.load`, `models.load` and
+    `saes.load` raise, and ValueError where there are several seeds and no block for them.
+    """
+    word, lm = tasks.load(task), models.load(model)
+    wanted = saes.layers(lm, sae_set) if layers == "all" else [int(part) for part in str(layers).split(",")]
+    return Loaded(
+        word, tasks.split(word), lm, lm.fast() if half else lm, wanted, repeated(wanted, repeat_layers, seeds),
+        {layer: saes.load(lm, sae_set, layer) for layer in wanted},
+    )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from nbformat.v4 import new_markdown_cell, new_notebook
 
 ROOT = Path(__file__).resolve().parents[1]
 # What `make test` says to its commands is not for the calls of make, the workflow and Python that are tested here.
-OF_MAKE = re.compile(r"MAKE\w*|MFLAGS|BOOK_(TASKS|MODEL|SAE_SET|EXPERIMENTS)|PYTHONUTF8|PYTHONIOENCODING")
+OF_MAKE = re.compile(r"MAKE\w*|MFLAGS|BOOK_(TASKS|MODEL|SAE_SET|EXPERIMENTS|ONLY|SINCE)|PYTHONUTF8|PYTHONIOENCODING")
 for name in filter(OF_MAKE.fullmatch, list(os.environ)):
     del os.environ[name]
 PARTS = ("_config.yml", "_toc.yml", "book", "nb_utils", "results/tables", "data", "saes", "workflow")

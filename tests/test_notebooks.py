@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from nb_utils.record import tables
-from workflow import grow, grown, runs, stale
+from workflow import grow, grown, runs, same, stale
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = sorted((ROOT / "book/experiments").glob("*.ipynb"))
@@ -21,18 +21,10 @@ FINDINGS = sorted((ROOT / "book/findings").glob("*.ipynb"))
 SNAKEFILE = (ROOT / "workflow/Snakefile").read_text()
 OWN = {"24_grown_vectors": "offset"}  # experiments that bring their models, and a task of theirs
 COMMON = ("task", "model", "sae_set", "layers", "tables_dir")
-# A tiny run of every experiment: the parameters that all share, and sizes for those that an experiment has.
+# A tiny run of every experiment, in the sizes of the sample that `make same` runs.
+SAMPLE = yaml.safe_load(same.SETTINGS.read_text())
 TINY = {"task": "antonyms", "model": "tiny", "sae_set": "shipped", "layers": "2,3"}
-SIZES = {
-    "n_prompts": 4, "n_shots": 4, "n_train": 8, "n_validation": 6, "n_test": 8, "n_sentences": 4, "seeds": 2,
-    "atoms": "2,4,8", "penalties": "1,3", "penalty": 1.0, "sizes": "10,4,2", "steps": 6, "steps_a_stage": 2,
-    "scales": 5, "coarse": 3, "n_others": 3, "n_text": 6, "following": 5, "templates": "arrow,question",
-    "repeat_layers": "3", "longer": "8", "first_cuts": "12", "often": 12, "rescued": "3",
-    "n_dev": 6, "n_rivals": 1, "sae_layers": "2,3", "swap_sizes": "4,2", "n_mean": 6, "n_effect": 6,
-    "mean_rates": "1,2", "refit_rates": "0.05,0.1", "dense_rates": "0.02,0.05",
-    "tries": 1, "budgets": "0.3,1", "strengths": "0.01,0.1", "n_pairs": "8,3", "n_heads": 3, "arrow_scales": "0.5,1",
-    "n_streams": 4, "n_latents": 32, "k": 4, "sae_steps": 3, "rates": "0.05,0.1",
-}  # fmt: skip
+SIZES = SAMPLE["sizes"] | SAMPLE["models"]["tiny"]["every"]
 # The least that can be asked of every list, on a task with sentences. Experiment 05 is of two blocks, which may be one.
 SINGLE = {
     "task": "en_es", "layers": "3", "atoms": "4", "penalties": "1", "sizes": "4", "templates": "arrow", "seeds": 1,
@@ -114,6 +106,13 @@ def test_a_finding_reads_tables_and_never_imports_torch(path):
     assert "tables" in source
 
 
+@pytest.mark.parametrize("path", FINDINGS, ids=name)
+def test_a_finding_uses_the_ledgers_choices(path):
+    """Which tasks count, and at which block a vector stands, is asked of `Book`, which the claims ask, too."""
+    source = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "code")
+    assert not re.search(r"best_layer|statistics\.solved|survivors", source)
+
+
 @every_experiment
 def test_parameters_come_first_and_are_flat_scalars(path):
     first = next(cell for cell in read(path).cells if cell.cell_type == "code")
@@ -121,6 +120,14 @@ def test_parameters_come_first_and_are_flat_scalars(path):
     defaults = runs.known_parameters(path)
     assert set(COMMON if path.stem not in OWN else ("task", "tables_dir")) <= set(defaults)
     assert all(isinstance(value, str | int | float | bool) for value in defaults.values())
+
+
+@every_experiment
+def test_an_experiment_loads_as_all_do(path):
+    """What every experiment loads stands once, in `scores.prepare`."""
+    code = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "code")
+    assert code.count("scores.prepare(task, model, sae_set, layers") == 1
+    assert not re.search(r"models\.load|tasks\.split\(word|saes\.layers|scores\.repeated|\.fast\(\)", code)
 
 
 @every_experiment
@@ -173,17 +180,17 @@ def small_models(tmp_path_factory):
     return {"grown_dir": str(folder)}
 
 
-def runner(folder, small_models, sizes=SIZES, **asked):
+def runner(folder, small_models, sizes=(), **asked):
     """Run an experiment on the tiny model, once, after those whose tables it reads; return the folder of tables."""
-    needs, done = workflow_needs(), set()
+    needs, done = same.readers(), set()
 
     def run(stem):
         for other in needs.get(stem, []):
             run(other)
         if stem not in done:
             path = ROOT / f"book/experiments/{stem}.ipynb"
-            known, given = runs.known_parameters(path), sizes | small_models
-            small = {key: value for key, value in given.items() if key in known}
+            known = runs.known_parameters(path)
+            small = {key: value for key, value in {**same.sizes(path, "tiny"), **small_models, **dict(sizes)}.items() if key in known}
             tiny = {"task": OWN[stem]} if stem in OWN else TINY
             parameters = tiny | small | asked.get(stem, {}) | {"tables_dir": str(folder)}
             runs.execute(path, parameters, folder / f"{stem}.ipynb", folder / f"{stem}.log")
@@ -214,10 +221,8 @@ def tables_again(tmp_path_factory, small_models):
 
 
 def workflow_needs():
-    """Read from the Snakefile which experiments read the tables of others."""
-    found = [ast.literal_eval(line) for line in re.findall(r"^(?:SAME|EVERY)_TASK = (.+)$", SNAKEFILE, re.MULTILINE)]
-    assert len(found) == 2
-    return {stem: [*found[0].get(stem, []), *found[1].get(stem, [])] for stem in {**found[0], **found[1]}}
+    """Say which experiments read the tables of others."""
+    return same.readers()
 
 
 @of_text
@@ -231,7 +236,7 @@ def test_an_experiment_runs_on_the_tiny_model_and_saves_its_table(path, tables_o
 
 @pytest.fixture(scope="module")
 def single_tables_of(tmp_path_factory, small_models):
-    return runner(tmp_path_factory.mktemp("single"), small_models, SIZES | SINGLE, **TWICE)
+    return runner(tmp_path_factory.mktemp("single"), small_models, SINGLE, **TWICE)
 
 
 @of_text

@@ -2,14 +2,17 @@
 
 import dataclasses
 import itertools
+import json
+import re
 
 import pandas as pd
 import pytest
 import torch
 
-from nb_utils import engine, prompts, scores, tasks
+from nb_utils import engine, prompts, saes, scores, tasks
 from nb_utils.record import tables
 from nb_utils.scores import Candidate
+from nb_utils.text import verbatim
 
 # What `tables` knows of, less what only a cleaning, its latents or the task's name add.
 COLUMNS = set(tables.DTYPES) - {
@@ -163,6 +166,30 @@ def test_the_best_scale_can_be_chosen_over_a_part_of_the_vocabulary(tiny, site):
     losses = {scale: site.loss(scale * vector[None], 1, vocabulary=few).item() for scale in scales}
     assert losses != {scale: site.loss(scale * vector[None], 1).item() for scale in scales}
     assert scores.best_scale(site, 1, vector, "add", scales, few) == min(losses, key=losses.get)
+
+
+def test_an_experiment_loads_what_its_parameters_ask_for():
+    loaded = scores.prepare("antonyms", "tiny", "random", "3, 1", "1", seeds=2)
+    assert loaded.word == tasks.load("antonyms") and loaded.splits == tasks.split(loaded.word)
+    assert (loaded.wanted, loaded.repeated, list(loaded.saes)) == ([3, 1], [1], [3, 1])
+    assert loaded.fast is loaded.lm and loaded.lm.name == "tiny"
+    assert all(sae.layer == layer for layer, sae in loaded.saes.items())
+    assert scores.prepare("antonyms", "tiny", "random", 3, half=True).fast.dtype == loaded.lm.fast().dtype
+    shipped = scores.prepare("antonyms", "tiny", "shipped", "all", seeds=5)
+    assert shipped.wanted == shipped.repeated == saes.layers(loaded.lm, "shipped")
+    with pytest.raises(ValueError, match="No block has several seeds"):
+        scores.prepare("antonyms", "tiny", "random", "3", "1", seeds=2)
+
+
+def test_what_was_loaded_is_said_in_two_lines_that_show_a_users_text_as_text(tmp_path):
+    pairs = [{"input": f"*{n}*", "output": "<b>"} for n in range(40)]
+    (tmp_path / "own.json").write_text(json.dumps({"title": "$x$ <i>", "pairs": pairs}))
+    loaded = scores.prepare(str(tmp_path / "own.json"), "tiny", "random", "3")
+    said, n = loaded.about_task, {part: len(getattr(loaded.splits, part)) for part in tasks.SIZES}
+    assert not {"<i>", "<b>", "$x$"} & set(re.findall(r"<.>|\$x\$", said))
+    assert said.startswith("**") and verbatim("$x$ <i>") in said and verbatim(" -> <b>") in said
+    assert f"{n['vector']} pairs make vectors, {n['train']} train them, {n['validation']} validate, {n['test']}" in said
+    assert loaded.about_model == "tiny: 6 blocks of width 32; SAEs with 64 latents after block 3."
 
 
 def test_several_seeds_need_a_block_to_be_repeated_at():

@@ -8,7 +8,7 @@ import pytest
 
 from nb_utils.record import sources, tables
 from nb_utils.record.tables import MODEL, ROOT
-from workflow import stale
+from workflow import same, stale
 
 STEM, INPUT = "04_detectors", "02_cleanup_features"
 FRAME = pd.DataFrame({"task": ["antonyms"], "layer": [4], "loss": [1.5]})
@@ -94,6 +94,29 @@ def test_other_code_and_other_rows_of_an_input_are_named(made, tmp_path, monkeyp
     assert reasons(tmp_path) == [f"other rows in {INPUT}, which it reads"]
     monkeypatch.setattr(stale, "_code", lambda maker: "another")
     assert "other code" in reasons(tmp_path)
+
+
+def record(path, *pairs):
+    """Write what `make same` would, had it found that these give the same rows."""
+    told = {"experiment": STEM, "model": MODEL, "task": "en_es", "settings": {}, "rows": {STEM: "0" * 64}}
+    made = [told | {"from": before, "to": after} for before, after in pairs]
+    path.write_text(json.dumps([entry | {"seal": same._seal(entry)} for entry in made]))
+
+
+def test_other_code_that_gives_the_same_rows_is_not_other_code(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(same, "RECORD", tmp_path / "same.json")
+    made()
+    then, between, another = sources.code(sources.maker(STEM)), "b" * 64, "c" * 64
+    now = monkeypatch.setattr(stale, "_code", lambda maker: "a" * 64) or "a" * 64
+    assert reasons(tmp_path) == ["other code"]
+    record(same.RECORD, (then, between), (between, now))
+    assert reasons(tmp_path) == []
+    record(same.RECORD, (then, between), (another, now))  # no chain
+    assert reasons(tmp_path) == ["other code"]
+    same.RECORD.write_text(same.RECORD.read_text().replace(another, then))  # by hand
+    with pytest.raises(same.SameError, match="what `make same` did not write"):
+        reasons(tmp_path)
+    assert stale.main([str(tmp_path)]) == 2
 
 
 def test_a_table_without_provenance_or_maker_is_stale(made, tmp_path):

@@ -12,12 +12,15 @@ import time
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 from filelock import FileLock
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from nb_utils.record import sources, tables
 from nb_utils.record.tables import OWN_MODELS
+from workflow import stale
 
 ROOT = Path(__file__).resolve().parents[1]
 SNAKEFILE = (ROOT / "workflow/Snakefile").read_text()
@@ -152,6 +155,33 @@ def test_an_experiment_that_brings_its_models_runs_whatever_model_is_asked_for(p
     assert make(project, "experiments=24", **asked)[::2] == (0, [f"{stem} · {task}"])
     (project / f"results/runs/tables/{stem}/{OWN_MODELS[stem]}/table.parquet").unlink()
     assert make(project, "experiments=24", **asked)[::2] == (0, [f"{stem} · table"])
+
+
+def save(project, stem, task, **changes):
+    """Save a table such as today's code would, for the settings of the report."""
+    settings = stale._defaults(sources.maker(stem), "tiny") | {"task": task, "model": "tiny"} | changes
+    folder = project / "results/runs/tables"
+    tables.save(pd.DataFrame({"task": [task]}), stem, task, tables.provenance(settings, "", {}), folder, "tiny")
+
+
+def test_only_what_is_stale_or_reads_what_is_made_anew_is_run(project, monkeypatch):
+    monkeypatch.setenv("BOOK_ONLY", "stale")
+    for stem in STEMS:
+        save(project, stem, "antonyms")
+        save(project, stem, "en_es")
+    assert make(project)[::2] == (0, [])
+    save(project, "06_training_prompts", "en_es", steps=7)
+    save(project, "01_reconstruction_loss_more", "en_es")  # a table that the other task lacks
+    again = ["01_reconstruction_loss · antonyms", "06_training_prompts · en_es"]
+    assert make(project)[::2] == (0, again)
+    (project / "results/runs/tables/02_cleanup/tiny/en_es.parquet").unlink()
+    code, said, started = make(project, "experiments=2,4,5")
+    assert (code, started) == (0, sorted(
+        ["02_cleanup · en_es", "04_detectors · en_es", *runs_of("antonyms", "en_es", stems=EVERY)])), said  # fmt: skip
+    monkeypatch.setenv("BOOK_ONLY", "fresh")
+    code, said, started = make(project)
+    assert code != 0 and not started and "Traceback" not in said
+    assert "Nothing was run. ONLY is 'fresh': leave it out, or set it to stale." in said
 
 
 def test_make_book_runs_the_experiments_of_the_post_and_make_report_all_of_them():

@@ -3,7 +3,8 @@
     python -m workflow.stale results/tables results/runs/tables
 
 It names them in groups and exits with 1 if there are any. A table that is not stale need not be made again. The
-parameters are those of the settings that write into the folder: the report's, or the quick ones of the book.
+parameters are those of the settings that write into the folder: the report's, or the quick ones of the book. Other code
+counts as today's where the record of `workflow.same` says that both give the same rows.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import yaml
 from nb_utils.record import sources, tables
 from nb_utils.record.tables import ROOT, TableError
 from nb_utils.text import print_anything
-from workflow import runs
+from workflow import runs, same
 
 SETTINGS, MODELS = [ROOT / "workflow/report.yaml", ROOT / "workflow/book.yaml"], ROOT / "workflow/models.yaml"
 # Parameters that say what a table is of or where it is stored, or that it holds by what they led to on its machine.
@@ -42,7 +43,7 @@ def reasons(path: Path, folder: Path) -> list[str]:
     maker = sources.maker(stem)
     if maker is None:
         found.append("nothing makes such tables any more")
-    elif origin.get("code") != _code(maker):
+    elif origin.get("code") not in same.codes(maker.stem, _code(maker)):
         found.append("other code")
     found += _parameters(maker, origin, folder)
     found += _weights(origin)
