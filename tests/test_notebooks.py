@@ -189,8 +189,8 @@ def runner(folder, small_models, sizes=(), **asked):
             run(other)
         if stem not in done:
             path = ROOT / f"book/experiments/{stem}.ipynb"
-            known = runs.known_parameters(path)
-            small = {key: value for key, value in {**same.sizes(path, "tiny"), **small_models, **dict(sizes)}.items() if key in known}
+            known, given = runs.known_parameters(path), same.sizes(path, "tiny") | small_models | dict(sizes)
+            small = {key: value for key, value in given.items() if key in known}
             tiny = {"task": OWN[stem]} if stem in OWN else TINY
             parameters = tiny | small | asked.get(stem, {}) | {"tables_dir": str(folder)}
             runs.execute(path, parameters, folder / f"{stem}.ipynb", folder / f"{stem}.log")
