@@ -176,7 +176,7 @@ def test_an_experiment_loads_what_its_parameters_ask_for():
     assert all(sae.layer == layer for layer, sae in loaded.saes.items())
     assert scores.prepare("antonyms", "tiny", "random", 3, half=True).fast.dtype == loaded.lm.fast().dtype
     shipped = scores.prepare("antonyms", "tiny", "shipped", "all", seeds=5)
-    assert shipped.wanted == shipped.repeated == saes.layers(loaded.lm, "shipped")
+    assert list(shipped.wanted) == shipped.repeated == list(saes.layers(loaded.lm, "shipped"))
     with pytest.raises(ValueError, match="No block has several seeds"):
         scores.prepare("antonyms", "tiny", "random", "3", "1", seeds=2)
 
