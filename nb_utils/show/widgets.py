@@ -474,7 +474,7 @@ class Workbench(_Live):
         bench = workbench.prepare(task, layer, self.backend.model, self.backend.sae(layer), self.backend.layers)
         tell(0, 1, "the task vector, layer by layer")
         curve = workbench.curve(bench)
-        path = workbench.METHODS[method](bench, tell)
+        path = workbench.METHODS[method](bench, progress=tell)
         self.trial = bench.trial
         return {
             "title": task.title, "layer": layer, "curve": curve, "few_shot": bench.few_shot, **self._offered(path),
