@@ -506,3 +506,7 @@ def test_a_block_without_an_mlp_is_refused_in_a_sentence(tiny):
     assert layout.part(0, "resid") is layout.blocks[0]
     with pytest.raises(layouts.LayoutError, match="has no MLP where we look for one"):
         layout.part(0, "ff")
+    bare = dataclasses.replace(tiny)
+    bare.__dict__["layout"] = layout  # where `cached_property` keeps it
+    with pytest.raises(models.ModelError, match="'tiny' is a Gemma3ForCausalLM, which has no MLP where"):
+        engine.steered(bare, spread(tiny)).__enter__()
