@@ -38,10 +38,6 @@ class Heads:
         """The outputs as the norm scales them: `contributions` are linear in these, so a mean of these is enough."""
         return self.z * self.scale[..., None, None]
 
-    def take(self, order: Tensor) -> "Heads":
-        """Return those of some tokens."""
-        return Heads(self.z[order], self.scale[order])
-
 
 @torch.no_grad()
 def of(model: Model, prompts, positions, batch: int = 16) -> Heads:

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from book.ledger import claims, ledger
+from book.ledger import claims, ledger, neighbours
 from book.ledger.claims import Book, Choices, ClaimError
 from nb_utils import statistics
 from nb_utils.record import sources, tables
@@ -333,6 +333,41 @@ def test_numbers_are_found_in_prose_only(tmp_path, text, numbers):
     page = tmp_path / "page.md"
     page.write_text(text)
     assert ledger.NUMBER.findall(ledger.prose(page)) == numbers
+
+
+def effects_of_heads():
+    """Return effects by hand: head 1 is best on two tasks, head 0 on the third, where it alone does anything."""
+    effect = {"one": (0.1, 0.4), "two": (0.0, 0.3), "three": (0.5, 0.0)}
+    heads = [dict(task=task, layer=3, head=head, method="head", effect=value)
+             for task, both in effect.items() for head, value in enumerate(both)]  # fmt: skip
+    level = {"one": (0.9, 0.1), "two": (0.5, 0.45), "three": (0.7, 0.2)}
+    plain = [dict(task=task, method=method, p=p) for task, both in level.items()
+             for method, p in zip(("few_shot", "shuffled"), both, strict=True)]  # fmt: skip
+    return pd.DataFrame([*heads, *plain])
+
+
+def test_a_head_is_judged_on_tasks_that_did_not_choose_it():
+    closed = neighbours.closed_by_one(effects_of_heads())
+    # Without "one" the means are .25 and .15: head 0; without "three" .05 and .35: head 1. "two" has no gap.
+    assert closed.round(6).to_dict() == {"one": round(0.1 / 0.8, 6), "three": 0.0}
+    assert neighbours.first_heads(effects_of_heads())["three"] == "block 3 head 0"
+    alone = effects_of_heads()
+    with pytest.raises(ClaimError, match="no two tasks"):
+        neighbours.closed_by_one(alone[alone["task"].eq("one")])
+
+
+def test_features_are_moved_by_shares_of_their_rise_and_shared_by_number(monkeypatch):
+    lines = [dict(task="one", layer=9, kind="executor", heads=heads, k=10, zero=0.0, few=10.0, woken=w, silenced=s)
+             for heads, w, s in (("chosen", 4.0, 1.0), ("random_0", 1.0, 10.0), ("random_1", 0.0, 9.0))]  # fmt: skip
+    sets = {"a": (1, 2, 3), "b": (2, 3, 4)}
+    codes = [dict(task="one", layer=9, method=method, latent=i) for method, some in sets.items() for i in some]
+    found = {"21_function_vectors_features": pd.DataFrame(lines), "21_function_vectors_codes": pd.DataFrame(codes)}
+    monkeypatch.setattr(Book, "table", lambda self, stem: found[stem])
+    monkeypatch.setattr(Book, "many_heads", 10)
+    book = Book()
+    assert neighbours.moved(book, "woken")["one"] == 0.4 and neighbours.moved(book, "silenced")["one"] == 0.9
+    assert neighbours.moved(book, "woken", random=True)["one"] == 0.05
+    assert neighbours.in_common(book, "a", "b")["one"] == 2
 
 
 def steered_by_hand():

@@ -26,7 +26,7 @@ SIZES = {
     "atoms": "2,4,8", "penalties": "1,3", "penalty": 1.0, "sizes": "10,4,2", "steps": 6, "steps_a_stage": 2,
     "scales": 5, "coarse": 3, "n_others": 3, "n_text": 6, "following": 5, "templates": "arrow,question",
     "repeat_layers": "3", "longer": "8", "first_cuts": "12", "often": 12,
-    "n_dev": 6, "n_rivals": 1, "sae_layers": "2,3",
+    "n_dev": 6, "n_rivals": 1, "sae_layers": "2,3", "n_mean": 6, "n_effect": 6,
     "mean_rates": "1,2", "refit_rates": "0.05,0.1", "dense_rates": "0.02,0.05",
     "tries": 1, "budgets": "0.3", "strengths": "0.01,0.1", "n_pairs": "8,3", "n_heads": 3, "arrow_scales": "0.5,1",
 }  # fmt: skip
@@ -50,9 +50,12 @@ every_experiment = pytest.mark.parametrize("path", EXPERIMENTS, ids=name)
 def test_each_experiment_has_its_finding_and_its_place_in_the_workflow():
     stems = [path.stem for path in EXPERIMENTS]
     assert stems, "there are no experiments"
-    assert set(stems) <= {path.stem for path in FINDINGS}
+    assert {stem[:2] for stem in stems} <= {path.stem[:2] for path in FINDINGS}
     snakefile = (ROOT / "workflow/Snakefile").read_text()
-    assert re.findall(r'^    "(\d\d_\w+)",$', snakefile, re.MULTILINE) == stems
+    listed = re.findall(r'^    "(\d\d_\w+)",$', snakefile, re.MULTILINE)
+    assert sorted(listed) == stems and [stem[:2] for stem in listed] == sorted(stem[:2] for stem in stems)
+    for stem, others in workflow_needs().items():
+        assert all(listed.index(other) < listed.index(stem) for other in others), f"{stem} reads tables of later ones"
 
 
 @every_notebook
@@ -134,6 +137,9 @@ def test_settings_of_the_workflow_ask_of_an_experiment_only_what_those_before_it
         made = asked("02_cleanup", "layers")
         assert {executors, *asked("08_side_effects", "layers")} <= set(made), model
         assert detectors in asked("04_detectors", "layers"), model
+        read = asked("21_function_vectors", "features_at")
+        read = asked("21_function_vectors", "layers") if read == ["all"] else read
+        assert set(read) <= {*made} & {*asked("21_function_vectors", "layers")}, model
         assert set(asked("08_side_effects", "sizes")) <= set(asked("02_cleanup", "sizes")), model
         penalties = [float(penalty) for penalty in asked("02_cleanup", "penalties")]
         assert float(*asked("08_side_effects", "penalty")) in penalties, model
@@ -185,7 +191,7 @@ def workflow_needs():
     snakefile = (ROOT / "workflow/Snakefile").read_text()
     found = [ast.literal_eval(line) for line in re.findall(r"^(?:SAME|EVERY)_TASK = (.+)$", snakefile, re.MULTILINE)]
     assert len(found) == 2
-    return found[0] | found[1]
+    return {stem: [*found[0].get(stem, []), *found[1].get(stem, [])] for stem in {**found[0], **found[1]}}
 
 
 @every_experiment
@@ -214,7 +220,8 @@ def test_a_table_says_all_that_it_depends_on(path, tables_of):
         assert set(runs.known_parameters(path)) - set(stale.NOT_COMPARED) <= set(origin["parameters"])
         text = {"text/neutral.json"} if "prompts.passages" in path.read_text() else set()
         text |= {f"{rival}.json" for rival in origin["parameters"].get("rivals", [])}
-        assert set(origin["data_sha256"]) == {"antonyms.json"} | text and set(origin["sae_sha256"]) == {"2", "3"}
+        saes = {"2", "3"} if "saes.load" in path.read_text() else set()
+        assert set(origin["data_sha256"]) == {"antonyms.json"} | text and set(origin["sae_sha256"]) == saes
     read = {text for text in re.findall(r'"(\d\d_[a-z_]+)"', path.read_text().replace('\\"', '"'))}
     assert set(origin["inputs"]) == {stem for stem in read if not stem.startswith(path.stem)}
 

@@ -388,6 +388,16 @@ def test_a_table_is_formatted_the_same_at_every_build():
 # --- layers, scales and single features ---
 
 
+def test_a_map_of_heads_has_blocks_across_and_a_scale_that_is_even_around_zero():
+    heads = [(layer, head) for layer in (2, 5) for head in (0, 1, 2)]
+    frame = pd.DataFrame([dict(layer=layer, head=head, effect=layer - 2 * head) for layer, head in heads])
+    ax = plots.head_map(frame)
+    (image,) = ax.images
+    assert image.get_array().tolist() == [[2, 5], [0, 3], [-2, 1]] and image.norm.vmax == -image.norm.vmin == 5
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["2", "5"]
+    assert plots.head_map(frame, bound=9).images[0].norm.vmax == 9
+
+
 def test_layer_grids_share_one_scale_and_write_what_is_measured():
     grid = pd.DataFrame([[3.0, np.nan], [np.nan, 24.0]], index=[4, 6], columns=[8, 10])
     figure = plots.layer_grids({"clean": grid, "centred": grid / 2}, largest=25)

@@ -25,8 +25,9 @@ SAME, EVERY = (
     list(ast.literal_eval(line)) for line in re.findall(r"^(?:SAME|EVERY)_TASK = (.+)$", SNAKEFILE, re.MULTILINE)
 )
 # Those that have a list of tasks of their own.
-OWN = re.findall(r'^OWN_TASKS = {"(\w+)": "(.+)"\.split\(\)}$', SNAKEFILE, re.MULTILINE)
+OWN = ast.literal_eval(re.search(r"^OWN_TASKS = (\{.*?^\})", SNAKEFILE, re.MULTILINE | re.DOTALL)[1])
 FIRST = [stem for stem in STEMS if stem not in SAME + EVERY]
+SAME = [stem for stem in SAME if stem not in EVERY]  # what reads both waits for every task
 PARAMETERS = 'task = ""\nmodel = ""\nsae_set = ""\ntables_dir = ""\nseed = 0'
 SAVE = """from pathlib import Path
 if Path(f"fail-{task}").exists():
@@ -112,7 +113,10 @@ def test_experiments_go_by_number_or_part_and_bring_along_those_that_they_read(p
         0, ["02_cleanup · antonyms", "08_side_effects · antonyms"])  # fmt: skip
     post = [f"{stem} · antonyms" for stem in STEMS[:5] if stem != "02_cleanup"]
     assert make(project, "experiments=post", tasks="antonyms")[::2] == (0, post)
-    numbers = [str(int(stem[:2])) for stem in STEMS]
+    numbers = dict.fromkeys(str(int(stem[:2])) for stem in STEMS)
+    heads = ["21_heads · antonyms"]
+    assert make(project, "experiments=21_heads", tasks="antonyms")[::2] == (0, heads)
+    assert make(project, "experiments=21", tasks="antonyms")[::2] == (0, ["21_function_vectors · antonyms"])
     code, said, started = make(project, "experiments=6,10", tasks="antonyms")
     assert code != 0 and not started and "Traceback" not in said
     assert f"Nothing was run. There is no experiment '10': EXPERIMENTS takes {', '.join(numbers)} with commas" in said
@@ -120,7 +124,7 @@ def test_experiments_go_by_number_or_part_and_bring_along_those_that_they_read(p
 
 def test_an_experiment_with_tasks_of_its_own_runs_on_these_and_leaves_the_others_alone(project):
     """A behaviour is no task of words, and `en_fr` is not among those that the experiment of behaviours runs on."""
-    ((stem, names),) = OWN
+    ((stem, names),) = OWN.items()
     both = "experiments=1,22"
     started = [f"{STEMS[0]} · en_fr", f"{stem} · register"]
     assert make(project, both, tasks="register,en_fr")[::2] == (0, started)
@@ -131,7 +135,7 @@ def test_an_experiment_with_tasks_of_its_own_runs_on_these_and_leaves_the_others
     assert code == 0 and re.findall(r"(\d\d_\w+) · .+: running", said) == [stem]
     code, said, started = make(project, "experiments=22", tasks="en_fr")
     assert code != 0 and not started and "Traceback" not in said
-    assert f"Nothing was run. {stem} runs on {', '.join(names.split())}: let TASKS name some of these." in said
+    assert f"Nothing was run. {stem} runs on {', '.join(names)}: let TASKS name some of these." in said
 
 
 def test_make_book_runs_the_experiments_of_the_post_and_make_report_all_of_them():

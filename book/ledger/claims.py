@@ -416,6 +416,18 @@ class Book:
             raise ClaimError("Its tasks are of too few families.")
         return of_families
 
+    # Experiment 21
+
+    @property
+    def many_heads(self) -> int:
+        """The heads of the larger function vector."""
+        return int(self.setting("21_function_vectors", "many"))
+
+    @property
+    def few_heads(self) -> int:
+        """The heads of the smaller one."""
+        return int(self.setting("21_function_vectors", "few"))
+
     # Experiment 06
 
     def trained(self, prompts: str, choice: str = "validation", method: str = "prune_contrast") -> pd.DataFrame:
