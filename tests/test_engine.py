@@ -477,9 +477,9 @@ def test_no_steering_stays_behind_after_an_error_and_another_way_to_steer_is_ref
         raise KeyError
     parts = [tiny.layout.part(layer, place) for layer in range(6) for place in ("mlp", "ff", "resid")]
     assert not any(part._forward_hooks for part in parts)
-    wrong = engine.steered(tiny, spread(tiny), how="push")
-    with pytest.raises(ValueError, match="how is 'turn' or 'add', not 'push'"), wrong:
-        pass
+    for wrong, said in ({"how": "push"}, "how is 'turn' or 'add', not 'push'"), ({"place": "none"}, "place is 'mlp', 'ff'"):
+        with pytest.raises(ValueError, match=said), engine.steered(tiny, spread(tiny), **wrong):
+            pass
 
 
 def test_one_block_at_every_token_is_a_site_like_any_other(tiny):
