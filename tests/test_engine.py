@@ -477,9 +477,10 @@ def test_no_steering_stays_behind_after_an_error_and_another_way_to_steer_is_ref
         raise KeyError
     parts = [tiny.layout.part(layer, place) for layer in range(6) for place in ("mlp", "ff", "resid")]
     assert not any(part._forward_hooks for part in parts)
-    wrong = engine.steered(tiny, spread(tiny), how="push")
-    with pytest.raises(ValueError, match="how is 'turn' or 'add', not 'push'"), wrong:
-        pass
+    refused = ({"how": "push"}, "how is 'turn' or 'add', not 'push'"), ({"place": "none"}, "place is 'mlp', 'ff'")
+    for wrong, said in refused:
+        with pytest.raises(ValueError, match=said), engine.steered(tiny, spread(tiny), **wrong):
+            pass
 
 
 def test_one_block_at_every_token_is_a_site_like_any_other(tiny):
@@ -506,6 +507,10 @@ def test_a_block_without_an_mlp_is_refused_in_a_sentence(tiny):
     assert layout.part(0, "resid") is layout.blocks[0]
     with pytest.raises(layouts.LayoutError, match="has no MLP where we look for one"):
         layout.part(0, "ff")
+    bare = dataclasses.replace(tiny)
+    bare.__dict__["layout"] = layout  # where `cached_property` keeps it
+    with pytest.raises(models.ModelError, match="'tiny' is a Gemma3ForCausalLM, which has no MLP where"):
+        engine.steered(bare, spread(tiny)).__enter__()
 
 
 def texts(tiny):

@@ -451,6 +451,8 @@ def test_features_are_moved_by_shares_of_their_rise_and_shared_by_number(monkeyp
     assert neighbours.moved(book, "woken")["one"] == 0.4 and neighbours.moved(book, "silenced")["one"] == 0.9
     assert neighbours.moved(book, "woken", random=True)["one"] == 0.05
     assert neighbours.in_common(book, "a", "b")["one"] == 2
+
+
 def steered_by_hand():
     """Return rows of experiment 22, the same for two behaviours and a task, some of which must not be taken."""
     rows = [

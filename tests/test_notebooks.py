@@ -323,3 +323,17 @@ def test_the_illusion_test_holds_every_support_at_every_budget(tables_of):
     table = pd.read_parquet(tables_of("07_illusion") / "07_illusion_budgets/tiny/antonyms.parquet")
     assert set(table["budget"]) == {SIZES["steps"], int(SIZES["longer"])} and set(table["seed"]) == {0}
     assert table.groupby(["layer", "method", "k"], dropna=False)["budget"].nunique().eq(2).all()
+
+
+def test_in_context_vectors_run_on_a_behaviour_as_well(tmp_path):
+    """The other tests run it on a word task; a behaviour has other measures, and sentences of another source."""
+    path = ROOT / "book/experiments/22_in_context_vectors.ipynb"
+    small = {key: value for key, value in SIZES.items() if key in runs.known_parameters(path)}
+    given = TINY | small | {"task": "register", "layers": "2", "n_test": 4, "seeds": 1, "tables_dir": str(tmp_path)}
+    runs.execute(path, given, tmp_path / "run.ipynb", tmp_path / "run.log")
+    table = pd.read_parquet(tmp_path / path.stem / "tiny/register.parquet")
+    steered = table[table["budget"].notna()]
+    assert set(table["kind"]) == {"behaviour"} and set(steered["place"]) == {"ff", "mlp", "resid", "block"}
+    told = ["kl", "effect", "shift", "shift_elsewhere", "loss_y", "loss_x", "validation_loss"]
+    assert steered[told].notna().all(axis=None)
+    assert table.loc[table["place"].eq("arrow"), ["loss_y", "loss_x"]].notna().all(axis=None)

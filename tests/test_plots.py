@@ -486,3 +486,28 @@ def test_loss_by_prompts_has_a_panel_per_method_and_a_line_for_each_thing_that_g
         wanted = [own[pair].tolist() for pair in (("test", "validation"), ("test", "train"), ("train", "validation"))]
         assert [list(line.get_ydata()) for line in drawn] == wanted
         assert {to_hex(line.get_color()) for line in drawn} == {plots.COLORS[method].lower()}
+
+
+def steered(methods=("icv", "fv_centred"), places=("ff", "block")):
+    frame = pd.DataFrame([
+        {"method": method, "place": place, "layer": layer, "kl": kl, "effect": kl * (2 - 3 * (layer > 0))}
+        for method, place, layer in zip(methods, places, (-1, 10), strict=True) for kl in (1.0, 0.1, 0.3)
+    ])  # fmt: skip
+    return frame.assign(strength=frame["kl"] / 10)
+
+
+def test_effects_stand_over_their_cost_in_order_and_say_where_a_vector_stands():
+    ax = plots.effect_by_cost(steered(), "words")
+    first, second = drawn(ax)
+    assert list(first.get_xdata()) == [0.1, 0.3, 1.0] and list(first.get_ydata()) == pytest.approx([0.2, 0.6, 2.0])
+    assert to_hex(second.get_color()) == plots.COLORS["fv_centred"].lower() and ax.get_xscale() == "log"
+    assert set(texts(ax)) == {"in-context vector, behind the MLP's norm", "function vector, block 10"}
+    other = plots.effect_by_cost(steered(("icv", "icv"), ("mlp", "resid")), "words")
+    assert all(line.is_dashed() for line in drawn(other)) and not any(line.is_dashed() for line in drawn(ax))
+
+
+def test_grids_of_strengths_have_a_map_a_measure_and_white_at_zero():
+    figure = plots.strength_grids(steered(("icv", "icv"), ("ff", "mlp")), {"kl": "cost", "effect": "words"})
+    assert [ax.get_title() for ax in figure.axes] == ["cost", "words"]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["behind the MLP's norm", "MLP's output"]
+    assert texts(figure.axes[1])[:3] == ["0.2", "0.6", "2"] and all(ax.images[0].norm(0) == 0.5 for ax in figure.axes)

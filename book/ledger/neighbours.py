@@ -322,6 +322,8 @@ def in_common(book: Book, one: str, other: str) -> pd.Series:
 def pruned_size(book: Book) -> int:
     """Return the size at which pruned function vectors are compared: the largest of at most twenty features."""
     return max(size for size in book.setting("21_function_vectors", "sizes") if size <= 20)
+
+
 # 22 In-context vectors: behaviours and word tasks are judged apart
 
 COST = 0.3  # nats a token of ordinary prose: what a vector that steers every token may cost where it is judged

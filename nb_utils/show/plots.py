@@ -154,7 +154,7 @@ LABELS = {
     "most_active": "most active",
 }
 # Where a vector of every token stands.
-PLACES = {
+STEERED = {
     "ff": "behind the MLP's norm", "mlp": "MLP's output", "resid": "stream", "block": "one block", "arrow": "arrow",
     "none": "no vector",
 }  # fmt: skip
@@ -441,7 +441,7 @@ def effect_by_cost(frame: pd.DataFrame, value: str, ax: Axes | None = None) -> A
     for (method, place, layer), line in frame.groupby(["method", "place", "layer"], sort=False):
         line = line.sort_values("kl")
         ax.plot(line["kl"], line["effect"], color=_color(method), ls=styles.get(place, "-"), **_marker(method))
-        where = f"block {layer}" if place == "block" else PLACES.get(place, place)
+        where = f"block {layer}" if place == "block" else STEERED.get(place, place)
         ends.append((line["kl"].iloc[-1], line["effect"].iloc[-1], f"{label(method)}, {where}", _color(method)))
     ax.axhline(0, color=INK, lw=0.8, zorder=1)
     ax.set_xscale("log")
@@ -465,7 +465,7 @@ def strength_grids(frame: pd.DataFrame, shown: Mapping[str, str]) -> Figure:
         for number, written in _heat_map(ax, grid, "RdBu_r", norm, lambda n: f"{n:.2g}".replace("-", "−")):
             written.set_color("white" if abs(number) > 0.62 * bound else INK)
         ax.set_title(name, fontsize=9)
-        ax.set_yticks(range(len(grid)), [PLACES.get(place, place) for place in grid.index])
+        ax.set_yticks(range(len(grid)), [STEERED.get(place, place) for place in grid.index])
     fig.supxlabel("strength λ", fontsize=9)
     return fig
 
