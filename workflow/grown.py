@@ -152,7 +152,7 @@ class Spec:
     heads: int = 4
     pairs: int = 8
     batch: int = 64
-    steps: int = 4000
+    steps: int = 3200
     rate: float = 2e-3
     stages: int = 16  # moments of training that are measured
 
