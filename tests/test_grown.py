@@ -4,12 +4,16 @@ import json
 import shutil
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from book.ledger import neighbours
+from book.ledger.claims import NUMBERS, Book, ClaimError
 from nb_utils import cleaning, files
-from workflow import grow, grown
+from nb_utils.record import tables
+from workflow import grow, grown, stale
 from workflow.grown import SEPARATOR, SIZE, GrownError, Spec
 
 SMALL = {"d_model": 16, "d_mlp": 32, "heads": 2, "batch": 8, "steps": 6, "stages": 2}
@@ -236,6 +240,8 @@ def test_what_starts_from_another_model_comes_after_it_and_begins_with_its_weigh
     with pytest.raises(GrownError, match="There is no grown model"):
         grow.grow(start, tmp_path)
     grow.grow_all([replace(start, steps=2, rate=0.0), wanted[0]], tmp_path)
+    lines = (tmp_path / "README.md").read_text().splitlines()
+    assert [line.split(" | ")[1] for line in lines if line.startswith("| table")] == ["afterwards", "plain"]
     first, second = (grown.load("table", variant, 0, tmp_path).hf for variant in ("plain", "afterwards"))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
@@ -297,3 +303,85 @@ def test_the_command_says_what_is_wrong_in_one_sentence(tmp_path, capsys, words,
         grow.main([*words, "--out", str(tmp_path)])
     assert complaint in f"{caught.value}{capsys.readouterr().err}"
     assert not list(tmp_path.glob("*/*"))
+
+
+# Claims
+
+
+@pytest.fixture
+def book(tmp_path):
+    """Tables by hand: a plain and a grown model of one family, two seeds, with a guess at .1 and vectors at block 1."""
+
+    def rows(variant, *given, **more):
+        columns = ("method", "layer", "on", "shots", "accuracy")
+        told = {"task": "offset", "variant": variant, "grown_at": 1, "chance": 0.1, **more}
+        return [told | {"seed": seed} | dict(zip(columns, one, strict=True)) for one in given for seed in (0, 1)]
+
+    main = rows(
+        "plain", ("in_context", -1, "train", 1, 0.2), ("in_context", -1, "train", 7, 0.9),
+        ("in_context", -1, "held_out", 7, 0.3), ("in_context", -1, "longer", 15, 0.8),
+        ("in_context", -1, "noise 0.25", 7, 0.7), ("mean", 1, "train", 7, 0.1), ("centred", 2, "train", 7, 0.15),
+    ) + rows(
+        "grown", ("in_context", -1, "train", 1, 0.2), ("in_context", -1, "train", 7, 0.6),
+        ("in_context", -1, "held_out", 7, 0.2), ("in_context", -1, "longer", 15, 0.6),
+        ("in_context", -1, "noise 0.25", 7, 0.5), ("mean", 1, "train", 7, 0.58), ("mean", 2, "train", 7, 0.9),
+        ("swapped", 1, "other", 7, 0.55), ("swapped", 2, "other", 7, 0.99), ("mean", 1, "test", 7, 0.6),
+    )  # fmt: skip
+    for penalty, accuracy, loss in ((0.3, 0.5, 1.0), (3.0, 0.7, 2.0)):
+        main += rows("grown", ("clean", 1, "test", 7, accuracy), validation_loss=loss, penalty=penalty)
+    places = [{"task": "offset", "variant": variant, "seed": seed, "grown_at": 1, "chance": 0.1, "layer": layer,
+               "position": 4, "accuracy": accuracy}
+              for variant, layer, accuracy in (("plain", 3, 0.18), ("grown", 1, 0.6), ("grown", 2, 0.12))
+              for seed in (0, 1)]  # fmt: skip
+    stages = [("plain", 100, 0.55, 0.1, 0.5), ("plain", 200, 0.9, 0.3, 0.8), ("grown", 200, 0.6, 0.2, 0.6)]
+    timeline = [one for variant, step, train, held, longer in stages for one in rows(
+        variant, ("in_context", -1, "train", 1, 0.0), ("in_context", -1, "train", 7, train),
+        ("in_context", -1, "held_out", 7, held), ("in_context", -1, "longer", 15, longer), step=step)]  # fmt: skip
+    for part, frame in (("", main), ("_places", places), ("_timeline", timeline)):
+        origin = {"parameters": {"task": "offset", "seeds": 2}}
+        tables.save(pd.DataFrame(frame), f"{neighbours.GROWN}{part}", "offset", origin, folder=tmp_path)
+    return Book(folder=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "number, expected",
+    [
+        ("plain_has_none", 0.08),  # the best of all vectors and places
+        ("grown_is_there", 0.48),
+        ("grown_only_there", 0.02),
+        ("vector_carries_it_all", 0.02),
+        ("vector_decides", 0.55),
+        ("growing_costs", -0.3),
+        ("growing_helps_held_out", -0.1),
+        ("growing_helps_noise", -0.2),
+        ("growing_helps_longer", -0.2),
+        ("cleaning_recovers_the_vector", -0.1),  # at the penalty that validates best, not at the best on test
+    ],
+)
+def test_claims_on_grown_models_are_decided_by_these_rows(book, number, expected):
+    assert NUMBERS[number](book).mean == pytest.approx(expected, abs=1e-6)
+
+
+def test_at_equal_skill_a_grown_model_is_held_against_an_earlier_plain_one(book):
+    """The plain model of step 100 is as good in context as the grown one at its end, the one of step 200 is not."""
+    assert neighbours.at_equal_skill(book, "held_out").tolist() == pytest.approx([0.1, 0.1])
+    assert neighbours.at_equal_skill(book, "longer").tolist() == pytest.approx([0.1, 0.1])
+
+
+def test_what_no_family_holds_out_is_no_number(book):
+    with pytest.raises(ClaimError, match="no such rows of grown models"):
+        neighbours.with_examples(book, "grown", "elsewhere")
+
+
+def test_other_weights_make_tables_stale(shelf, tmp_path):
+    shutil.copytree(shelf, tmp_path / "grown")
+    parameters = {"task": "linear", "model": "grown", "seeds": 1, "grown_dir": str(tmp_path / "grown")}
+    with pytest.raises(GrownError, match=r"There is no grown model .*plain"):
+        grown.sha256("linear", 1, tmp_path / "grown")
+    assert stale._grown(parameters) is None  # what is not here cannot be compared
+    shutil.copytree(shelf / "linear/grown.0", tmp_path / "grown/linear/plain.0")
+    origin = {"parameters": parameters, "model_sha256": grown.sha256("linear", 1, tmp_path / "grown")}
+    assert list(stale._weights(origin)) == []
+    path = tmp_path / "grown/linear/plain.0" / grown.WEIGHTS
+    path.write_bytes(path.read_bytes() + b" ")
+    assert list(stale._weights(origin)) == ["other weights of the model"]

@@ -29,6 +29,19 @@ WARM, FALL = 100, 0.3  # steps in which the rate rises, and the last part of tra
 DECAY = 0.01  # AdamW's
 ON_A_GPU = 8  # models at a time there: each alone leaves it idle
 HISTORY = "history"
+ABOUT = """# Grown models
+
+Small transformers that `make grow` trains from scratch on families of generated tasks, with and without a loss that
+asks for a task vector after a block; finding 24 of the book looks into them. Each folder holds weights in half
+precision, a card (how it was trained, and what was measured on the way) and a manifest, which is checked when the model
+is loaded. They are ours, under CC BY 4.0.
+
+At the end of training, on the tasks of training: right answers with all examples of a prompt, and by the mean vector
+after the block alone.
+
+| family | model | seed | block | steps | with examples | by the vector |
+| --- | --- | --- | --- | --- | --- | --- |
+"""
 
 
 def grow(spec: Spec, root: str | Path = grown.SHIPPED, checkpoint_seconds: float = 60) -> Path:
@@ -42,7 +55,15 @@ def grow(spec: Spec, root: str | Path = grown.SHIPPED, checkpoint_seconds: float
     checkpoint = models.cache_dir() / "training" / f"grown.{spec.name.replace('/', '.')}.{key}.checkpoint"
     with files.alone(checkpoint.with_suffix(".training")):  # a second process waits, and finds it done or goes on
         if not _is_there(spec, root):
-            grown.save(learn(spec, root, checkpoint, checkpoint_seconds), root)
+            try:
+                grown.save(learn(spec, root, checkpoint, checkpoint_seconds), root)
+            except RuntimeError as error:  # the device is gone, or its memory is full
+                if (device := models.placement()) == "cpu":
+                    raise
+                raise GrownError(
+                    f"{device} failed ({str(error).splitlines()[0][:160]}): call again to go on from the last "
+                    "checkpoint, with NB_DEVICE=cpu if it stays away."
+                ) from error
             checkpoint.unlink(missing_ok=True)
     return Path(root) / spec.name
 
@@ -118,7 +139,7 @@ def _put_back(state, named, optimizer) -> tuple[int, list[dict]]:
 
 
 def grow_all(wanted: Sequence[Spec], root: str | Path = grown.SHIPPED, jobs: int = 1, **more: object) -> None:
-    """Grow models, so many at a time; those that start from another one come after the rest."""
+    """Grow models, so many at a time, and describe them; those that start from another one come after the rest."""
     job = partial(grow, root=root, **more)
     for wave in ([spec for spec in wanted if not spec.start], [spec for spec in wanted if spec.start]):
         if jobs == 1:
@@ -126,6 +147,21 @@ def grow_all(wanted: Sequence[Spec], root: str | Path = grown.SHIPPED, jobs: int
         elif wave:  # processes of their own: a fork of one that has used a GPU cannot use it
             with ProcessPoolExecutor(min(jobs, len(wave)), get_context("spawn")) as pool:
                 list(pool.map(job, wave))
+    describe(root)
+
+
+def describe(root: str | Path) -> None:
+    """Write the card of all models in a folder: what they are, and what each does at the end of its training."""
+    lines = []
+    for path in sorted(Path(root).glob(f"*/*/{grown.CARD}")):
+        card = json.loads(path.read_text(encoding="utf-8"))
+        spec, end = card["spec"], [row for row in card["history"] if row["step"] == card["spec"]["steps"]]
+        end = [row for row in end if row["on"] == "train"]
+        shown = max((row for row in end if row["method"] == "in_context"), key=lambda row: row["shots"])
+        (vector,) = (row for row in end if row["method"] == "mean" and row["layer"] == spec["at"])
+        lines.append(f"| {spec['family']} | {spec['variant']} | {spec['seed']} | {spec['at']} | {spec['steps']:,} | "
+                     f"{shown['accuracy']:.2f} | {vector['accuracy']:.2f} |\n")  # fmt: skip
+    files.write(Path(root) / "README.md", (ABOUT + "".join(lines)).encode())
 
 
 def main(argv=None):
