@@ -107,7 +107,7 @@ LABELS = {
     "own": "the task's features",
     "other_task": "another task's",
     "same_activation": "of equal activation",
-    "same_density": "random, same density",
+    "same_density": "random, equal density",
     "most_active": "most active",
 }
 # How a prompt of each template reads, in one line.
