@@ -25,7 +25,7 @@ SIZES = {
     "n_prompts": 4, "n_shots": 4, "n_train": 8, "n_validation": 6, "n_test": 8, "n_sentences": 4, "seeds": 2,
     "atoms": "2,4,8", "penalties": "1,3", "penalty": 1.0, "sizes": "10,4,2", "steps": 6, "steps_a_stage": 2,
     "scales": 5, "coarse": 3, "n_others": 3, "n_text": 6, "following": 5, "templates": "arrow,question",
-    "repeat_layers": "3", "longer": "8", "first_cuts": "12", "often": 12, "rescued": "3",
+    "repeat_layers": "3", "longer": "8", "first_cuts": "12", "often": 12, "rescued": "3,3",
     "mean_rates": "1,2", "refit_rates": "0.05,0.1", "dense_rates": "0.02,0.05",
 }  # fmt: skip
 # Prose is held to paths too: this finds folders at the root of a disk and ~/, not a fraction or a route.
