@@ -185,10 +185,11 @@ def test_what_an_sae_does_not_explain_stays_when_its_features_go(tiny):
 @pytest.mark.parametrize("tokens, decay", [("separators", 1.0), ("every", 1.0), ("generated", 1.0), ("generated", 0.5)])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_continuation_is_the_same_with_and_without_a_cache(tiny, batch, mode, tokens, decay):
-    what = changes.Intervention({2: edit(tiny, mode, 2, n=4 if mode != "clamp" else 2)}, tokens, decay)
-    bold = replace(what, edits={2: replace(what.edits[2], values=what.edits[2].values * 3)})
+    what = edit(tiny, mode, 2, n=4)
+    bold = 300 * torch.eye(5)[:4] if mode == "clamp" else 30 * what.values  # so that the ways say different things
+    bold = changes.Intervention({2: replace(what, values=bold)}, tokens, decay)
     cached, anew = (changes.continuations(tiny, batch[0], bold, 6, cache=cache) for cache in (True, False))
-    assert cached == anew
+    assert cached == anew and len(set(cached)) > 1
 
 
 @pytest.mark.parametrize("tokens, decay", [("separator", 1.0), ("generated", 0.5)])
@@ -196,7 +197,7 @@ def test_a_continuation_is_the_same_with_and_without_a_cache(tiny, batch, mode, 
 def test_a_continuation_is_what_plain_passes_say_one_token_at_a_time_and_stops_at_a_line_s_end(
     tiny, batch, tokens, decay
 ):
-    vectors = 3 * torch.randn(4, tiny.d_model, generator=torch.Generator().manual_seed(1))
+    vectors = 30 * torch.randn(4, tiny.d_model, generator=torch.Generator().manual_seed(1))
     prompt = batch[1]
     head = prompt.ids[: prompt.separators[-1] + 1]
     what = changes.Intervention({2: changes.add(vectors)}, tokens, decay)

@@ -29,7 +29,7 @@ SIZES = SAMPLE["sizes"] | SAMPLE["models"]["tiny"]["every"]
 SINGLE = {
     "task": "en_es", "layers": "3", "atoms": "4", "penalties": "1", "sizes": "4", "templates": "arrow", "seeds": 1,
     "first_cuts": "12", "longer": "8", "counts": "6", "mean_rates": "1", "refit_rates": "0.1", "dense_rates": "0.05",
-    "rescued": "3", "sae_layers": "3", "swap_sizes": "4", "scales": 5, "n_pairs": "8", "places": "ff",
+    "rescued": "3,3", "sae_layers": "3", "swap_sizes": "4", "scales": 5, "n_pairs": "8", "places": "ff",
     "strengths": "0.1", "budgets": "0.3", "arrow_scales": "1",
 }  # fmt: skip
 TWICE = {"05_cross_task_steering": {"layers": "3,3", "most": "1,1"}}

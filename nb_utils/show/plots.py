@@ -150,7 +150,7 @@ LABELS = {
     "own": "the task's features",
     "other_task": "another task's",
     "same_activation": "of equal activation",
-    "same_density": "random, same density",
+    "same_density": "random, equal density",
     "most_active": "most active",
 }
 # Where a vector of every token stands.
