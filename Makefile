@@ -47,7 +47,8 @@ html: .venv/installed
 	$(BIN)/python -m workflow.choices
 	$(BIN)/python -m workflow.feature_pages
 	$(BIN)/python -m workflow.versions
-	$(BIN)/jupyter-book build . --all -W -n --keep-going >logs/html.log 2>&1 \
+	$(BIN)/python -m workflow.contents _build/_toc.yml
+	$(BIN)/jupyter-book build . --toc _build/_toc.yml --all -W -n --keep-going >logs/html.log 2>&1 \
 	  || { grep -E "WARNING: |Error[^ ]*: ." logs/html.log | sort -u | tail -5; echo "The book was not built: see logs/html.log"; exit 1; }
 	echo "The book is $(CURDIR)/_build/html/index.html: open it in a browser, or run make serve."
 

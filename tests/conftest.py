@@ -73,7 +73,9 @@ def built(tmp_path_factory):
     stub(home / RUN / ".en_it.ipynb.part/en_it.ipynb", "Cleanup, killed")
     inside = {"cwd": home, "env": {**os.environ, "PYTHONPATH": str(home)}}
     subprocess.run([sys.executable, "-m", "workflow.feature_pages", "--limit", "2"], check=True, **inside)
-    command = [Path(sys.executable).with_name("jupyter-book"), "build", home, "--all", "-W", "-n", "--keep-going"]
+    subprocess.run([sys.executable, "-m", "workflow.contents", "_build/_toc.yml"], check=True, **inside)
+    command = [Path(sys.executable).with_name("jupyter-book"), "build", home, "--toc", home / "_build/_toc.yml"]
+    command += ["--all", "-W", "-n", "--keep-going"]
     done = subprocess.run(command, capture_output=True, text=True, **inside)
     said = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr)
     assert done.returncode == 0, said[-4000:]

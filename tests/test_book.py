@@ -2,10 +2,13 @@
 
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from conftest import ROOT, RUN
+
+from book.ledger import contents
 
 WCAG_AA = {
     "runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"], "resultTypes": ["violations"],
@@ -51,7 +54,16 @@ def assets(page):
 
 def test_the_strict_build_has_every_page_of_the_contents(built):
     for page in re.findall(r"(?:file|root): (\S+)", (ROOT / "_toc.yml").read_text()):
-        assert (built / f"{page}.html").exists(), page
+        assert (built / f"{page}.html").exists() == (Path(page).name not in contents.left_out()), page
+
+
+def test_a_finding_without_tables_is_left_out_and_one_with_tables_is_not(tmp_path, monkeypatch):
+    assert "02_cleanup" not in contents.left_out() and contents.is_there("00_overview")
+    monkeypatch.setenv("NB_TABLES", str(tmp_path))
+    left = contents.left_out()
+    assert "02_cleanup" in left and "13_ground_truth" in left and "00_overview" not in left
+    kept = [Path(one["file"]).name for part in contents.listed()["parts"] for one in part["chapters"]]
+    assert "00_overview" in kept and not set(kept) & set(left)
 
 
 def test_every_feature_that_the_list_names_has_its_page(built):

@@ -13,7 +13,7 @@ from html import escape
 import pandas as pd
 from pandas.io.formats.style import Styler
 
-from book.ledger import ledger
+from book.ledger import contents, ledger
 from book.ledger.claims import Book
 from nb_utils.record import tables
 from nb_utils.show import plots
@@ -108,9 +108,9 @@ def said(claim: Mapping) -> str:
 def table(frame: pd.DataFrame) -> Styler:
     """Show what `changed` returns; a claim of today is linked to its page."""
     links = [
-        escape(row.claim) if row.now == GONE else f'<a href="findings/{escape(row.page)}.html">{escape(row.claim)}</a>'
-        for row in frame.itertuples()
-    ]
+        f'<a href="findings/{escape(row.page)}.html">{escape(row.claim)}</a>'
+        if row.now != GONE and contents.is_there(row.page) else escape(row.claim) for row in frame.itertuples()
+    ]  # fmt: skip
     shown = {"claim": links, "then": frame["then"].map(escape), "now": frame["now"].map(escape)}
     style = {"selector": "td", "props": "white-space: normal; vertical-align: top"}
     return plots.table(pd.DataFrame(shown)).set_table_styles([style], overwrite=False)
