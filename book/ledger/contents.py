@@ -26,7 +26,7 @@ def listed() -> dict:
     toc = yaml.safe_load(TOC.read_text(encoding="utf-8"))
     for part in toc["parts"]:
         part["chapters"] = [chapter for chapter in part["chapters"] if _kept(chapter)]
-    return toc
+    return toc | {"parts": [part for part in toc["parts"] if part["chapters"]]}
 
 
 def findings() -> Iterator[tuple[str, str, str]]:
