@@ -551,8 +551,8 @@ def steered(model: Model, vectors: Float[Tensor, "n_layers d_model"], place: str
     `Layout.part`): "mlp" in the code of Liu et al. (2023), which means "ff", and "resid" in their text.
     ``how``: "turn" as they do, at kept length, by ``scale`` (1 + max(0, -cos)) of the vector's direction; or "add"
     ``scale`` times the vector to all tokens but the first, a sink of attention whose length is unlike all others.
-    A scale of 0 changes nothing. Raises ValueError for another ``how`` or ``place``, ModelError for a model without an MLP where we
-    look for one, of which only the stream can be steered.
+    A scale of 0 changes nothing. Raises ValueError for another ``how`` or ``place``, ModelError for a model without an
+    MLP where we look for one, of which only the stream can be steered.
     """
     if how not in ("turn", "add"):
         raise ValueError(f"how is 'turn' or 'add', not {how!r}.")
