@@ -477,7 +477,7 @@ def test_no_steering_stays_behind_after_an_error_and_another_way_to_steer_is_ref
         raise KeyError
     parts = [tiny.layout.part(layer, place) for layer in range(6) for place in ("mlp", "ff", "resid")]
     assert not any(part._forward_hooks for part in parts)
-    refused = ({"how": "push"}, "how is 'turn' or 'add', not 'push'"), ({"place": "none"}, "place is 'mlp', 'ff'")
+    refused = ({"how": "push"}, "how is 'turn' or 'add', not 'push'"), ({"place": "none"}, "place is 'mlp', 'ff' or")
     for wrong, said in refused:
         with pytest.raises(ValueError, match=said), engine.steered(tiny, spread(tiny), **wrong):
             pass
