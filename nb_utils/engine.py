@@ -432,6 +432,7 @@ class Site:
         mass, own = torch.zeros_like(peak), torch.zeros_like(peak)  # sum of exp(logit - peak); the label's logit
         best = torch.zeros_like(peak, dtype=torch.long)
         kl = torch.full((len(hidden), len(self.prompts)), torch.nan if reference is None else 0.0, device=device)
+        whole = torch.zeros(len(self.prompts), device=device)  # sum of p: over so many tokens not quite 1 in fp32
         # On a GPU a block is as large as fits: there each costs launches, and no cache holds one anyway.
         size = VOCABULARY_BLOCK if device.type != "cuda" else self.budget // (12 * hidden[..., 0].numel()) + 1
         for begin in range(0, layout.n_vocab, size):
@@ -443,6 +444,7 @@ class Site:
                 log_p = reference[order, part]
                 p, first = log_p.exp(), logits if starts.all() else logits[:, starts]
                 kl[:, order] += (p * log_p).sum(-1) - torch.einsum("nrv,rv->nr", first, p)
+                whole[order] += p.sum(-1)
             high = logits.amax(-1)
             better = high > peak
             best[better] = logits[better].argmax(-1) + begin
@@ -451,7 +453,7 @@ class Site:
             peak = higher
         norm = peak + mass.log()
         if reference is not None:
-            kl[:, order] += norm[:, starts]
+            kl[:, order] = kl[:, order] / whole[order] - whole[order].log() + norm[:, starts]
         return norm - own, best, kl
 
     @torch.no_grad()

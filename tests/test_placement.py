@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from benchmarks import cases, peers
 from nb_utils import cleaning, engine, models, prompts, saes, tasks, vectors
 from nb_utils.show import plots
-from workflow import runs
+from workflow import grown, runs
 
 EXPERIMENTS = sorted(Path(__file__).resolve().parents[1].glob("book/experiments/*.ipynb"))
 ALL = [path.stem for path in EXPERIMENTS if path.stem not in OWN]
@@ -193,6 +193,26 @@ def test_the_engine_gives_the_same_from_another_device(elsewhere):
     for name, here in measured(models.load("tiny", "cpu")).items():
         assert not isinstance(there[name], Away), f"{name} was left elsewhere"
         torch.testing.assert_close(there[name], here, rtol=1e-4, atol=1e-4, equal_nan=True, msg=name)
+
+
+def test_grown_models_learn_and_their_vectors_are_cleaned_on_another_device(elsewhere, tmp_path, monkeypatch):
+    spec = grown.Spec("offset", d_model=16, d_mlp=16, heads=2)
+    queries, vectors, found = torch.arange(grown.SIZE).split(12), torch.ones(2, 16), {}
+    grown.save(grown.fresh(spec), tmp_path)
+    for device in (str(AWAY), "cpu"):
+        monkeypatch.setenv("NB_DEVICE", device)
+        model = grown.load("offset", "grown", 0, tmp_path)
+        assert model.device == torch.device(device)
+        asked = grown.Asked(model, 1, torch.tensor([2, 5]), *queries, common=torch.ones(16).to(device))
+        found[device] = [one.validation_loss for one in cleaning.learned_vector(asked, vectors, lr=0.1, steps=2)]
+        rows = [*grown.in_context(model, 1), *grown.by_vector(model, 1, ("mean", "one", "centred"))]
+        found[device] += [row["loss"] for row in rows]
+        model.hf.requires_grad_(True)
+        drawn = grown.draw(model.family, torch.tensor([2, 5]), spec.pairs, torch.Generator().manual_seed(0))
+        both = grown.losses(model, drawn)
+        sum(both).backward()
+        found[device] += [*(loss.item() for loss in both), model.hf.lm_head.weight.grad.norm().item()]
+    assert found[str(AWAY)] == pytest.approx(found["cpu"], abs=1e-3)
 
 
 def run_cells(path, given):

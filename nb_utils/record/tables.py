@@ -249,8 +249,8 @@ def read_provenance(path: str | Path) -> dict[str, object]:
 def _place(stem: str, model: str, folder: str | Path | None, sae_set: str = "shipped") -> Path:
     if folder is None:
         folder = os.environ.get("NB_TABLES") or FOLDER
-    own = (name for other, name in OWN_MODELS.items() if f"{stem}_".startswith(f"{other}_"))
-    return ROOT / folder / stem / place(next(own, model), sae_set)
+    own = [name for other, name in OWN_MODELS.items() if f"{stem}_".startswith(f"{other}_")]
+    return ROOT / folder / stem / (own[0] if own else place(model, sae_set))  # a folder may be called like one of these
 
 
 def _paths(place: Path) -> list[Path]:
