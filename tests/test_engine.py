@@ -148,6 +148,16 @@ def test_adding_zero_is_the_identity(tiny):
         torch.testing.assert_close(site.evaluate(zero, layer).nll, base, atol=1e-4, rtol=0, equal_nan=True)
 
 
+def test_prompts_as_they_are_need_no_vector_and_are_asked_for_whole_answers_only_if_wanted(tiny):
+    site = engine.Site.prepare(tiny, prompts.zero_shot(tiny.tokenizer, pairs()))
+    zero, last = torch.zeros(1, tiny.d_model), tiny.n_layers - 1
+    assert torch.equal(site.log_probs(), site.log_probs(zero, last))
+    whole, part = site.unsteered(), site.unsteered(whole=False)
+    assert torch.equal(whole.nll.nan_to_num(), site.evaluate(zero, last).nll.nan_to_num())
+    assert torch.equal(whole.nll.nan_to_num(), part.nll.nan_to_num()) and torch.equal(whole.accepted, part.accepted)
+    assert part.exact.isnan().all() and not whole.exact.isnan().any()
+
+
 def test_replacing_by_the_own_residual_is_the_identity(tiny):
     batch = prompts.zero_shot(tiny.tokenizer, pairs(1))
     site = engine.Site.prepare(tiny, batch)
