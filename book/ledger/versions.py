@@ -111,6 +111,6 @@ def table(frame: pd.DataFrame) -> Styler:
         f'<a href="findings/{escape(row.page)}.html">{escape(row.claim)}</a>'
         if row.now != GONE and contents.is_there(row.page) else escape(row.claim) for row in frame.itertuples()
     ]  # fmt: skip
-    shown = {"claim": links, "then": frame["then"].map(escape), "now": frame["now"].map(escape)}
+    shown = {"claim": links, "then": frame["then"], "now": frame["now"]}
     style = {"selector": "td", "props": "white-space: normal; vertical-align: top"}
-    return plots.table(pd.DataFrame(shown)).set_table_styles([style], overwrite=False)
+    return plots.table(pd.DataFrame(shown), html=["claim"]).set_table_styles([style], overwrite=False)
