@@ -203,8 +203,8 @@ class Site:
         """Run the blocks after ``layer`` (up to ``end``) on the suffix, for every vector."""
         if mode not in ("add", "replace"):
             raise ValueError(f"mode is 'add' or 'replace', not {mode!r}.")
-        if self.steers not in ("separator", "output"):
-            raise ValueError(f"A vector is for one token, not for {self.steers}: use nb_utils.interventions.")
+        if self.steers not in ("separator", "output", "every"):
+            raise ValueError(f"A vector is for one token or for every one, not for {self.steers}: use nb_utils.interventions.")
         base = self.residual[layer]
         n, batch = len(vectors), len(base)
         if vectors.ndim == 3 and vectors.shape[1] != batch:
