@@ -243,3 +243,15 @@ def test_the_illusion_test_holds_every_support_at_every_budget(tables_of):
     table = pd.read_parquet(tables_of("07_illusion") / "07_illusion_budgets/tiny/antonyms.parquet")
     assert set(table["budget"]) == {SIZES["steps"], int(SIZES["longer"])} and set(table["seed"]) == {0}
     assert table.groupby(["layer", "method", "k"], dropna=False)["budget"].nunique().eq(2).all()
+
+
+def test_features_are_taken_away_beside_as_many_others_and_come_back_one_by_one(tables_of):
+    table = pd.read_parquet(tables_of("10_necessity") / "10_necessity/tiny/antonyms.parquet")
+    zeroed = table[table["mode"].eq("zero") & table["on"].eq("test")]
+    whole = zeroed[zeroed["back"].eq(0)]
+    assert {"own", "same_activation", "same_density", "most_active"} <= set(whole["method"])
+    assert whole.groupby(["kind", "blocks"])["features"].nunique().eq(1).all()
+    assert set(whole["together"]) == {1, 2} and set(table["on"]) == {"test", "other", "text"}
+    back = zeroed[zeroed["layer"].eq(3) & zeroed["together"].eq(1) & zeroed["method"].eq("own")]
+    for _, part in back.groupby("kind"):
+        assert sorted(part["back"]) == list(range(len(part))) and part["features"].min() == 0
