@@ -247,5 +247,5 @@ def test_what_makes_no_sense_is_refused(tiny, batch):
         changes.Intervention({2: one}, "separators", 0.5)
     with pytest.raises(ValueError, match="prepared for separator does not run all outputs"):
         changes.losses(engine.Site.prepare(tiny, batch), changes.Intervention({2: one}, "outputs"))
-    with pytest.raises(ValueError, match="for one token, not for separators"):
+    with pytest.raises(ValueError, match="for one token or every one, not for separators"):
         engine.Site.prepare(tiny, batch, at="separators").evaluate(one.values, 2)

@@ -323,6 +323,7 @@ def necessity(task, kind="executor", **changed):
         found += [row(method, 6, 1, needed=share / 3), row(method, 8, 1, needed=share / 2)]
         found += [row(method, 8, 2, needed=share)]
         found += [row(method, 8, 2, on="other", needed=0.3), row(method, 8, 2, on="text")]
+    found.append(row("own", 8, 1, mode="mean", needed=0.25))
     back = zip((1, 2, 3, 4), (0.3, 0.2, 0.1, 0.0), strict=True)
     return pd.DataFrame(found + [row("own", 8, 1, back=n, features=4 - n, needed=left) for n, left in back])
 
@@ -333,7 +334,8 @@ def test_features_are_held_against_the_strictest_control_where_all_blocks_go_at_
     rows = ledger.judged("10_necessity", found)
     means = {name: row.number.mean for name, row in rows.items() if row.number}
     expected = {"executors_are_needed": 0.9, "executors_beat_controls": 0.4, "one_block_is_bypassed": 0.45,
-                "few_rescue": 0.5, "removal_spares_other_tasks": 0.3 - 3.6, "removal_spares_text": 0.05}  # fmt: skip
+                "executors_say_the_task": 0.25, "few_rescue": 0.5,
+                "removal_spares_other_tasks": 0.3 - 3.6, "removal_spares_text": 0.05}  # fmt: skip
     assert means == pytest.approx(expected) and '"same_activation"' in rows["executors_beat_controls"].decides
     assert "no detectors" in rows["detectors_are_needed"].decides or rows["detectors_are_needed"].number is None
     assert found.bottleneck("executor") == 8

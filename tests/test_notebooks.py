@@ -337,3 +337,15 @@ def test_in_context_vectors_run_on_a_behaviour_as_well(tmp_path):
     told = ["kl", "effect", "shift", "shift_elsewhere", "loss_y", "loss_x", "validation_loss"]
     assert steered[told].notna().all(axis=None)
     assert table.loc[table["place"].eq("arrow"), ["loss_y", "loss_x"]].notna().all(axis=None)
+
+
+def test_features_are_taken_away_beside_as_many_others_and_come_back_one_by_one(tables_of):
+    table = pd.read_parquet(tables_of("10_necessity") / "10_necessity/tiny/antonyms.parquet")
+    zeroed = table[table["mode"].eq("zero") & table["on"].eq("test")]
+    whole = zeroed[zeroed["back"].eq(0)]
+    assert {"own", "same_activation", "same_density", "most_active"} <= set(whole["method"])
+    assert whole.groupby(["kind", "blocks"])["features"].nunique().eq(1).all()
+    assert set(whole["together"]) == {1, 2} and set(table["on"]) == {"test", "other", "text"}
+    back = zeroed[zeroed["layer"].eq(3) & zeroed["together"].eq(1) & zeroed["method"].eq("own")]
+    for _, part in back.groupby("kind"):
+        assert sorted(part["back"]) == list(range(len(part))) and part["features"].min() == 0

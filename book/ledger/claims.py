@@ -523,6 +523,11 @@ class Book:
             found = rows(found, together=1, layer=self.bottleneck(kind))
         return found.groupby("task")["necessity"].mean()
 
+    def needed_beyond_any(self, kind: str) -> pd.Series:
+        """Return the necessity after `bottleneck` alone of what the features say beyond their mean at other tasks'."""
+        found = rows(self.table("10_necessity"), kind=kind, method="own", mode="mean", layer=self.bottleneck(kind))
+        return found.groupby("task")["necessity"].mean()
+
     def bottleneck(self, kind: str) -> int:
         """Return the block after which the task's features alone are needed most, on average: chosen on test."""
         return int(self.taken(kind, on="test", together=1).groupby("layer")["necessity"].mean().idxmax())

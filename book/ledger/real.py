@@ -108,6 +108,11 @@ def executors_beat_controls(book: Book) -> Comparison:
 
 
 @number
+def executors_say_the_task(book: Book) -> Comparison:
+    return over_tasks(book.needed_beyond_any("executor"))
+
+
+@number
 def detectors_are_needed(book: Book) -> Comparison:
     return over_tasks(book.needed("detector"))
 
