@@ -29,7 +29,7 @@ SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --profile workflow/p
 runs = $(SNAKEMAKE) --unlock $(1) >/dev/null 2>&1; $(SNAKEMAKE) $(1)
 
 .SILENT:
-.PHONY: book report html stale same map model test lint serve lab saes evidence explore tasks bench audit constraints clean
+.PHONY: book report html stale same map model test lint serve lab saes grow evidence explore tasks bench audit constraints clean
 
 book: model
 	$(call runs,--config size=book)

@@ -204,7 +204,7 @@ class Site:
         if mode not in ("add", "replace"):
             raise ValueError(f"mode is 'add' or 'replace', not {mode!r}.")
         if self.steers not in ("separator", "output", "every"):
-            raise ValueError(f"A vector is for one token or every one, not for {self.steers}: use nb_utils.interventions.")
+            raise ValueError(f"A vector is for one token or every one, not for {self.steers}: use interventions.")
         base = self.residual[layer]
         n, batch = len(vectors), len(base)
         if vectors.ndim == 3 and vectors.shape[1] != batch:
