@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 OF_MAKE = re.compile(r"MAKE\w*|MFLAGS|BOOK_(TASKS|MODEL|SAE_SET|EXPERIMENTS|ONLY|SINCE)|PYTHONUTF8|PYTHONIOENCODING")
 for name in filter(OF_MAKE.fullmatch, list(os.environ)):
     del os.environ[name]
-PARTS = ("_config.yml", "_toc.yml", "book", "nb_utils", "results/tables", "results/versions", "data", "saes", "workflow")
+PARTS = (
+    "_config.yml", "_toc.yml", "book", "nb_utils", "results/tables", "results/versions", "data", "saes", "workflow",
+)  # fmt: skip
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 LONG = ("test_book", "test_explore", "test_workflow", "test_notebooks", "test_models")
 RUN = "results/runs/02_cleanup/gemma-3-270m"
