@@ -28,9 +28,14 @@ class VersionError(ValueError):
 
 
 def current(book: Book | None = None) -> list[dict]:
-    """Return every claim with its verdict, number and 95 % interval, numbers of tasks and bound; JSON can hold it."""
+    """Return every claim of the pages there are: verdict, number and 95 % interval, numbers of tasks and bound.
+
+    JSON can hold it.
+    """
     found = []
     for claim, row in ((row.claim, row) for row in ledger.judged(book=book).values()):
+        if not contents.is_there(claim.page):
+            continue
         one = {"id": claim.id, "page": claim.page, "source": claim.source, "claim": claim.claim, "unit": claim.unit}
         one |= {"asked": claim.holds, "verdict": row.verdict}
         if row.number is not None:
