@@ -43,27 +43,31 @@ class Loaded:
     @property
     def about_model(self) -> str:
         """Say in Markdown how large the model is, and which SAEs are read."""
-        blocks, latents = ", ".join(map(str, self.wanted)), self.saes[self.wanted[0]].d_sae
+        blocks, model = ", ".join(map(str, self.wanted)), f"{self.lm.n_layers} blocks of width {self.lm.d_model}"
+        if not self.saes:
+            return f"{verbatim(self.lm.name)}: {model}."
         return (
-            f"{verbatim(self.lm.name)}: {self.lm.n_layers} blocks of width {self.lm.d_model}; SAEs with {latents:,} "
-            f"latents after block{'s' * (len(self.wanted) > 1)} {blocks}."
+            f"{verbatim(self.lm.name)}: {model}; SAEs with {self.saes[self.wanted[0]].d_sae:,} latents after "
+            f"block{'s' * (len(self.wanted) > 1)} {blocks}."
         )
 
 
 def prepare(
-    task: str, model: str, sae_set: str, layers: str | int, repeat_layers: str | int = "all", seeds: int = 1,
-    half: bool = False,
+    task: str, model: str, sae_set: str | None, layers: str | int, repeat_layers: str | int = "all", seeds: int = 1,
+    half: bool = False, kind: str = "word",
 ) -> Loaded:
     """Load what an experiment's parameters ask for; ``layers``: blocks with commas between, or all that have an SAE.
 
-    ``half``: take gradients in the dtype that is fastest (`Model.fast`). Raises what `tasks.load`, `models.load` and
-    `saes.load` raise, and ValueError where there are several seeds and no block for them.
+    ``sae_set``: None reads no SAE, and all blocks are all that the model has. ``half``: take gradients in the dtype
+    that is fastest (`Model.fast`). ``kind`` of task, as `tasks.load` takes it. Raises what `tasks.load`, `models.load`
+    and `saes.load` raise, and ValueError where there are several seeds and no block for them.
     """
-    word, lm = tasks.load(task), models.load(model)
-    wanted = saes.layers(lm, sae_set) if layers == "all" else [int(part) for part in str(layers).split(",")]
+    word, lm = tasks.load(task, kind), models.load(model)
+    every = range(lm.n_layers) if sae_set is None else saes.layers(lm, sae_set)
+    wanted = list(every) if layers == "all" else [int(part) for part in str(layers).split(",")]
     return Loaded(
         word, tasks.split(word), lm, lm.fast() if half else lm, wanted, repeated(wanted, repeat_layers, seeds),
-        {layer: saes.load(lm, sae_set, layer) for layer in wanted},
+        {} if sae_set is None else {layer: saes.load(lm, sae_set, layer) for layer in wanted},
     )
 
 

@@ -122,11 +122,11 @@ def test_parameters_come_first_and_are_flat_scalars(path):
     assert all(isinstance(value, str | int | float | bool) for value in defaults.values())
 
 
-@every_experiment
+@of_text
 def test_an_experiment_loads_as_all_do(path):
     """What every experiment loads stands once, in `scores.prepare`."""
     code = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "code")
-    assert code.count("scores.prepare(task, model, sae_set, layers") == 1
+    assert len(re.findall(r"scores\.prepare\(task, model, (?:sae_set|None), (?:sae_)?layers", code)) == 1
     assert not re.search(r"models\.load|tasks\.split\(word|saes\.layers|scores\.repeated|\.fast\(\)", code)
 
 
@@ -137,7 +137,8 @@ def test_settings_of_the_workflow_name_only_known_parameters(path):
         assert set(settings["parameters"].get(path.stem, {})) <= set(runs.known_parameters(path))
     for model, own in yaml.safe_load((ROOT / "workflow/models.yaml").read_text())["models"].items():
         assert set(own) <= {"every", "more_mb", *(other.stem for other in EXPERIMENTS)}, model
-        assert set(own.get("every", {}) | own.get(path.stem, {})) <= set(runs.known_parameters(path)), model
+        given = own.get(path.stem, {}) if path.stem in OWN else own.get("every", {}) | own.get(path.stem, {})
+        assert set(given) <= set(runs.known_parameters(path)), model
 
 
 @pytest.mark.parametrize("size", ["book", "report"])
