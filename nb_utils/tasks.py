@@ -77,7 +77,7 @@ class Task:
     @property
     def merged(self) -> str:
         """Say in a sentence what was merged; empty where nothing was."""
-        parts = [f"{self.copies} copies, dropped"] * bool(self.copies)
+        parts = [f"{self.copies} cop{'y' if self.copies == 1 else 'ies'}, dropped"] * bool(self.copies)
         parts += [f"{self.joined} with other answers, accepted too"] * bool(self.joined)
         return f"Entries that repeat an earlier input: {'; '.join(parts)}." if parts else ""
 

@@ -59,7 +59,7 @@ used = dict(task=task, model=model, sae_set=sae_set)
 origin = tables.provenance(used, "m", {8: "hub:a-release:layer_8/width_16k", 10: "0123456789abcdef"})
 tables.save(pd.DataFrame({"loss": [1.0]}), "01_run", tasks.load(task).name, origin, folder=tables_dir, model=model)"""
     path = notebook(save, f'model = "tiny"\nsae_set = "shipped"\ntables_dir = {str(tmp_path / "tables")!r}')
-    merged = "Entries that repeat an earlier input: 1 copies, dropped; 1 with other answers, accepted too."
+    merged = "Entries that repeat an earlier input: 1 copy, dropped; 1 with other answers, accepted too."
     told = []
     for saes in ("shipped", "a-release"):
         runs.execute(path, {"task": str(own), "sae_set": saes}, tmp_path / "out/run.ipynb")
