@@ -176,8 +176,8 @@ def test_only_what_is_stale_or_reads_what_is_made_anew_is_run(project, monkeypat
     assert make(project)[::2] == (0, again)
     (project / "results/runs/tables/02_cleanup/tiny/en_es.parquet").unlink()
     code, said, started = make(project, "experiments=2,4,5")
-    assert (code, started) == (0, sorted(
-        ["02_cleanup · en_es", "04_detectors · en_es", *runs_of("antonyms", "en_es", stems=["05_cross_task_steering"])])), said  # fmt: skip
+    steered = runs_of("antonyms", "en_es", stems=["05_cross_task_steering"])
+    assert (code, started) == (0, sorted(["02_cleanup · en_es", "04_detectors · en_es", *steered])), said
     monkeypatch.setenv("BOOK_ONLY", "fresh")
     code, said, started = make(project)
     assert code != 0 and not started and "Traceback" not in said
