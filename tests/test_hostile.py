@@ -292,7 +292,7 @@ def test_a_run_page_of_a_nasty_task_shows_it_as_itself_and_runs_no_script(clone,
     straight = str.maketrans("“”‘’", "\"\"''")  # the book sets quotes
     words = " ".join(tab.locator("article").inner_text().translate(straight).split())
     assert not said and tab.locator("img[src=x]").count() == 0 and tab.locator("mjx-container").count() == 0
-    assert f"{' '.join(shown.split())}: 14 pairs make the vector" in words
+    assert f"{' '.join(shown.split())}: 14 pairs make vectors" in words
     for heading in tab.locator("h1").all():
         assert " ".join(shown.split()) in " ".join((heading.text_content() or "").translate(straight).split())
     tab.close()

@@ -37,6 +37,11 @@ def findings() -> Iterator[tuple[str, str, str]]:
             yield path.stem, said["title"], said["asks"]
 
 
+def in_words() -> str:
+    """Return the findings as a list in Markdown, each linked from the first page."""
+    return "\n".join(f"- [{title}](findings/{stem}.html): {asks}." for stem, title, asks in findings())
+
+
 def left_out() -> list[str]:
     """Name the findings that wait for the tables of their experiment."""
     toc = yaml.safe_load(TOC.read_text(encoding="utf-8"))
