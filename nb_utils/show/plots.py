@@ -67,9 +67,9 @@ COLORS = {
     "fv_centred": "#4477AA",
     "own": "#D95F0E",
     "other_task": "#1F78B4",
-    "same_activation": "#AA4499",
+    "same_activation": "#7A5195",
     "same_density": "#9A6A3A",
-    "most_active": "#117733",
+    "most_active": "#2F6B4F",
 }
 MARKERS = {
     "centred_best_scale": "s",
