@@ -229,7 +229,7 @@ def test_a_saved_page_opened_again_says_what_to_do_and_shows_numbers_in_place_of
     nbformat.write(page, home / "book/saved.ipynb")
     NotebookNotary().sign(page)
     tab = browser.new_page(viewport={"width": 1280, "height": 900})
-    tab.goto(f"{address}/lab/tree/book/saved.ipynb?token={token}", timeout=WAIT)
+    tab.goto(f"{address}/lab/workspaces/saved/tree/book/saved.ipynb?token={token}", timeout=WAIT)  # a tab of its own
     tab.locator("[data-words]").nth(2).wait_for(timeout=WAIT)
     lost = tab.get_by_text("model not found")
     expect(lost).to_have_count(3, timeout=WAIT)
