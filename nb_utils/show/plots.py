@@ -213,8 +213,8 @@ def loss_by_layer(
     modes = swept["mode"].nunique()
     for (method, mode, k), line in _lines(swept):
         line = line.sort_values("layer")
-        _draw(ax, line["layer"], line, method, mode)
         name = label(method, k) + (f", {mode}" if modes > 1 else "")
+        _draw(ax, line["layer"], line, method, mode, name)
         ends.append((line["layer"].iloc[-1], line["mean"].iloc[-1], name, _color(method)))
     if not swept.empty:
         ax.set_xticks(sorted(swept["layer"].unique()))
@@ -235,7 +235,7 @@ def loss_vs_l0(frame: pd.DataFrame, value: str = "loss", ax: Axes | None = None,
     sparse = frame[~dense].assign(k=pd.NA)
     for (method, mode, _), line in _lines(sparse):
         line = line.sort_values("l0")
-        _draw(ax, line["l0"].astype(float), line, method, mode)
+        _draw(ax, line["l0"].astype(float), line, method, mode, label(method))
         ends.append((line["l0"].iloc[-1], line["mean"].iloc[-1], label(method), _color(method)))
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter("{x:g}")
@@ -268,7 +268,7 @@ def lambda_path(frame: pd.DataFrame, value: str = "loss", ax: Axes | None = None
     for method, line in swept.groupby("method", sort=False):
         if value != "l0":
             _band(ax, line["at"], line, method)
-        ax.plot(line["at"], line[y].astype(float), color=_color(method), **_marker(method))
+        ax.plot(line["at"], line[y].astype(float), color=_color(method), label=label(method), **_marker(method))
         ends.append((line["at"].iloc[-1], line[y].iloc[-1], label(method), _color(method)))
     ticks = dict(zip(swept["penalty"], swept["at"], strict=True))
     ax.set_xticks(list(ticks.values()), [f"{penalty:g}" for penalty in ticks])
@@ -421,7 +421,8 @@ def method_points(frame: pd.DataFrame, xlabel: str, ax: Axes | None = None) -> A
     for y, row in enumerate(frame.itertuples()):
         if {"low", "high"} <= set(frame):
             ax.hlines(y, row.low, row.high, color=_color(row.method), lw=2.2)
-        ax.plot(row.mean, y, color=_color(row.method), ls="", ms=6.5, **_marker(row.method))
+        style = {"color": _color(row.method), "ls": "", "ms": 6.5, "label": label(row.method, row.k)}
+        ax.plot(row.mean, y, **style, **_marker(row.method))
     ax.axvline(0, color=INK, lw=0.8, zorder=1)
     ax.set_yticks(range(len(frame)), [label(m, k) for m, k in zip(frame["method"], frame["k"], strict=True)])
     ax.set(xlabel=xlabel, ylim=(len(frame) - 0.4, -0.6))
@@ -440,9 +441,10 @@ def effect_by_cost(frame: pd.DataFrame, value: str, ax: Axes | None = None) -> A
     styles, ends = {"mlp": STYLES["replace"], "resid": STYLES["none"]}, []
     for (method, place, layer), line in frame.groupby(["method", "place", "layer"], sort=False):
         line = line.sort_values("kl")
-        ax.plot(line["kl"], line["effect"], color=_color(method), ls=styles.get(place, "-"), **_marker(method))
-        where = f"block {layer}" if place == "block" else STEERED.get(place, place)
-        ends.append((line["kl"].iloc[-1], line["effect"].iloc[-1], f"{label(method)}, {where}", _color(method)))
+        name = f"{label(method)}, " + (f"block {layer}" if place == "block" else STEERED.get(place, place))
+        style = {"color": _color(method), "ls": styles.get(place, "-"), "label": name, **_marker(method)}
+        ax.plot(line["kl"], line["effect"], **style)
+        ends.append((line["kl"].iloc[-1], line["effect"].iloc[-1], name, _color(method)))
     ax.axhline(0, color=INK, lw=0.8, zorder=1)
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter("{x:g}")
@@ -538,9 +540,11 @@ def scale_sweep(frame: pd.DataFrame, value: str = "loss", ax: Axes | None = None
     colors = iter(plt.get_cmap("cividis")(np.linspace(0, 0.85, max(1, (frame["latent"].unique() >= 0).sum()))))
     for latent, line in frame.sort_values("scale").groupby("latent"):
         color = COLORS["random_support"] if latent < 0 else plt.matplotlib.colors.to_hex(next(colors))
-        ax.plot(line["scale"], line[value], color=color, lw=1.1 if latent < 0 else 1.8, ls="--" if latent < 0 else "-")
+        name = "random direction" if latent < 0 else f"feature {latent}"
+        style = {"lw": 1.1, "ls": "--"} if latent < 0 else {"lw": 1.8}
+        ax.plot(line["scale"], line[value], color=color, label=name, **style)
         x, y = line["scale"].iloc[-1], line[value].iloc[-1]
-        random.append((x, y)) if latent < 0 else ends.append((x, y, f"feature {latent}", color))
+        random.append((x, y)) if latent < 0 else ends.append((x, y, name, color))
     if random:
         text = {"textcoords": "offset points", "fontsize": 8.5, "color": _dark(COLORS["random_support"])}
         ax.annotate("random directions", max(random), (4, -3), **text)
@@ -710,14 +714,14 @@ def _levels(ax: Axes, frame: pd.DataFrame) -> list[tuple]:
     """Draw methods that have no place on the x axis as level lines; return what to write at their ends."""
     ends = []
     for row in frame.itertuples():
-        ax.axhline(row.mean, color=_color(row.method), ls=STYLES["none"], lw=1.4, zorder=1)
+        ax.axhline(row.mean, color=_color(row.method), ls=STYLES["none"], lw=1.4, zorder=1, label=label(row.method))
         ends.append((None, row.mean, label(row.method), _color(row.method)))
     return ends
 
 
-def _draw(ax: Axes, x, line: pd.DataFrame, method: str, mode: str) -> None:
+def _draw(ax: Axes, x, line: pd.DataFrame, method: str, mode: str, name: str) -> None:
     _band(ax, x, line, method)
-    ax.plot(x, line["mean"], color=_color(method), ls=STYLES[mode], **_marker(method))
+    ax.plot(x, line["mean"], color=_color(method), ls=STYLES[mode], label=name, **_marker(method))
 
 
 def _band(ax: Axes, x, line: pd.DataFrame, method: str) -> None:
