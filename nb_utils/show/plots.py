@@ -599,6 +599,9 @@ def loss_by_prompts(frame: pd.DataFrame) -> Figure:
         )  # fmt: skip
         ax.set(title=label(method), xlabel="training prompts", ylabel=UNITS["loss"])
     axes[0, -1].legend(title=None, fontsize=8.5)
+    there = [name for name in what.values() if name in set(drawn["what"])]
+    for line, name in ((line, name) for ax in axes[0] for line, name in zip(ax.lines, there, strict=False)):
+        line.set_label(name)
     return figure
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import html
 import io
 import re
 from collections.abc import Iterator
@@ -119,4 +118,4 @@ def _behind(table: pd.DataFrame) -> str:
     """Return the table behind a figure; columns without content are left out."""
     kept = table.loc[:, table.replace("", np.nan).notna().any()]
     shown = plots.table(kept, {"value": "{:.3g}"}).to_html() if len(kept) else ""
-    return f'<details><summary>{html.escape(f"The {len(kept)} values")}</summary><div tabindex="0">{shown}</div></details>'
+    return f'<details><summary>The {len(kept)} values</summary><div tabindex="0">{shown}</div></details>'
