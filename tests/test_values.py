@@ -34,12 +34,20 @@ def test_cells_of_a_map_are_told_by_the_names_of_row_and_column():
 
 def test_every_spot_has_its_words_and_no_id_meets_another_figures():
     pages = [values.show(plots.loss_by_layer(LINES.assign(mean=LINES["mean"] + i)), "Loss").data for i in range(2)]
-    assert [len(re.findall("data-value=", page)) for page in pages] == [5, 5]
-    assert 'data-value="task vector · layer (output of block) 8 · loss (nats, first 2 answer tokens) 2.0"' in pages[0]
+    assert [page.count('class="nb-spot"') for page in pages] == [5, 5]
+    assert "<title>task vector · layer (output of block) 8 · loss (nats, first 2 answer tokens) 2.0</title>" in pages[0]
     ids = [set(re.findall(r'\bid="([^"]+)"', page)) for page in pages]
     used = [set(re.findall(r'(?:href="#|url\(#)([^")]+)', page)) for page in pages]
     assert not ids[0] & ids[1] and used[0] <= ids[0] and used[1] <= ids[1]
     assert pages[0] == values.show(plots.loss_by_layer(LINES), "Loss").data, "a build is not like the next"
+
+
+def test_a_point_outside_the_frame_is_in_the_table_alone():
+    ax = plots.loss_by_layer(LINES)
+    ax.set_ylim(1.75, 4)
+    assert len(values.of(ax.figure)) == 6
+    page = values.show(ax, "Loss").data
+    assert page.count('class="nb-spot"') == 3 and "The 6 values" in page
 
 
 def test_words_of_a_figure_are_text():

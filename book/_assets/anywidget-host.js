@@ -33,6 +33,7 @@ async function hostPage() {
     const { default: front } = await import(source);
     URL.revokeObjectURL(source);
     const el = document.createElement("div");
+    el.dataset.page = ""; // a front end may keep its state in the address, which JupyterLab has for itself
     const style = document.createElement("style");
     style.textContent = values._css ?? "";
     view.after(style, el);

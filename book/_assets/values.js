@@ -1,18 +1,19 @@
 // Say the values of a figure: where the mouse is, or where the arrow keys have gone.
 function readable(figure) {
-  const spots = [...figure.querySelectorAll("[data-value]")], picture = figure.querySelector("svg");
+  const spots = [...figure.querySelectorAll(".nb-spot")], picture = figure.querySelector("svg");
   if (!spots.length) return;
   const said = document.createElement("output");
   said.className = "nb-said";
   picture.after(said);
+  const words = new Map(spots.map((spot) => [spot, spot.textContent]));
+  spots.forEach((spot) => spot.replaceChildren()); // the browser's own words would stand beside ours
   let at = -1;
   const say = (spot) => {
     figure.querySelector(".nb-at")?.classList.remove("nb-at");
     spot?.classList.add("nb-at");
-    said.textContent = spot?.dataset.value ?? "";
+    said.textContent = words.get(spot) ?? "";
   };
-  for (const spot of spots) spot.querySelector("title").remove(); // the browser's own words would stand beside ours
-  picture.addEventListener("pointerover", (event) => say(event.target.closest("[data-value]")));
+  picture.addEventListener("pointerover", (event) => say(event.target.closest(".nb-spot")));
   picture.addEventListener("pointerleave", () => say(spots[at]));
   picture.setAttribute("tabindex", "0");
   picture.setAttribute("role", "group");

@@ -17,8 +17,6 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 
-from nb_utils.show import plots
-
 SVG, LINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 COLUMNS = ["panel", "series", "x", "y", "value"]
 
@@ -26,20 +24,22 @@ COLUMNS = ["panel", "series", "x", "y", "value"]
 def show(drawn: Axes | Figure, alt: str) -> HTML:
     """Return a figure as a picture in the page, with its values behind, and close it.
 
-    ``alt``: what is drawn, for who does not see it. Every marker of a line, point of a cloud and cell of a map says its
+    ``alt``: what is drawn, for who does not see it. Every point of a line or cloud and every cell of a map says its
     value when the mouse is on it; with the script of the book, the arrow keys go from one to the next.
     """
     figure = drawn.figure if isinstance(drawn, Axes) else drawn
     points = list(_points(figure))
-    for i, (ax, at, _, _) in enumerate(points):
-        if at is not None:
+    told = {}
+    for i, ax in enumerate(figure.axes):
+        seen = [(at, words) for where, at, words, _ in points if where is ax and at is not None and _inside(ax, *at)]
+        if seen:
             ax.autoscale(False)
-            ax.plot(*at, "o", ms=11, alpha=0, gid=f"value-{i}", zorder=99)
+            ax.plot(*zip(*(at for at, _ in seen), strict=True), "o", ms=11, alpha=0, gid=f"spots-{i}", zorder=99)
+            told[f"spots-{i}"] = [words for _, words in seen]
     with io.StringIO() as file, plt.rc_context({"svg.hashsalt": alt}):
         figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
         picture = file.getvalue()
     plt.close(figure)
-    told = [text for _, _, text, _ in points]
     table = pd.DataFrame([row for *_, row in points], columns=COLUMNS)
     return HTML(f'<figure class="nb-values">{_titled(picture, told, alt)}{_behind(table)}</figure>')
 
@@ -95,15 +95,25 @@ def _said(axis, at: float) -> str:
     return f"{at:.3g}"
 
 
-def _titled(picture: str, told: list[str], alt: str) -> str:
-    """Give the invisible spots of a picture their words, and all its ids a prefix that no other picture has."""
+def _inside(ax: Axes, x: float, y: float) -> bool:
+    """Say whether a point is in the frame: a marker outside the picture is not written."""
+    (x0, x1), (y0, y1) = sorted(ax.get_xlim()), sorted(ax.get_ylim())
+    return bool(x0 <= x <= x1 and y0 <= y <= y1)
+
+
+def _titled(picture: str, told: dict[str, list[str]], alt: str) -> str:
+    """Give the invisible spots of a picture their words, and all its ids a prefix that no other picture has.
+
+    ``told``: of every group of spots, by its id, what each says.
+    """
     for prefix, space in (("", SVG), ("xlink", LINK)):
         ElementTree.register_namespace(prefix, space)
     root = ElementTree.fromstring(picture)
     for group in root.iter(f"{{{SVG}}}g"):
-        if found := re.fullmatch(r"value-(\d+)", group.get("id", "")):
-            group.set("data-value", told[int(found[1])])
-            ElementTree.SubElement(group, f"{{{SVG}}}title").text = told[int(found[1])]
+        if group.get("id") in told:
+            for spot, words in zip(group.iter(f"{{{SVG}}}use"), told[group.get("id")], strict=True):
+                ElementTree.SubElement(spot, f"{{{SVG}}}title").text = words
+                spot.set("class", "nb-spot")
     for metadata in root.findall(f"{{{SVG}}}metadata"):
         root.remove(metadata)
     width = float(root.attrib.pop("width").removesuffix("pt"))
@@ -117,5 +127,5 @@ def _titled(picture: str, told: list[str], alt: str) -> str:
 def _behind(table: pd.DataFrame) -> str:
     """Return the table behind a figure; columns without content are left out."""
     kept = table.loc[:, table.replace("", np.nan).notna().any()]
-    shown = plots.table(kept, {"value": "{:.3g}"}).to_html() if len(kept) else ""
+    shown = kept.to_html(index=False, border=0, na_rep="", float_format="{:.3g}".format, classes="nb-table")
     return f'<details><summary>The {len(kept)} values</summary><div tabindex="0">{shown}</div></details>'

@@ -55,6 +55,22 @@ function render({ model, el: root }) {
   const evidenceBody = el("div");
   evidence.append(evidenceBody);
 
+  // On a page of the book the address says what is shown, once a hand has moved something: a link leads back to it.
+  function recall() {
+    const said = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
+    const found = data.cells[`${said.task}|${said.block}|${said.feature}`];
+    if (!("page" in root.dataset) || !found) return false;
+    const at = found.views[0][Number(said.example)] ? Number(said.example) : 0, strength = Number(said.scale);
+    shown = { task: said.task, layer: Number(said.block), latent: Number(said.feature), example: at,
+      scale: Number.isFinite(strength) ? strength : shown.scale };
+    return true;
+  }
+  function remember() {
+    if (!("page" in root.dataset) || !cell()) return;
+    const { task, layer: block, latent: feature, scale, example } = shown;
+    history.replaceState(null, "", `#${new URLSearchParams({ task, block, feature, scale, example })}`);
+  }
+
   const entry = () => data.tasks.find((t) => t.name === shown.task);
   const cell = () => data.cells[`${shown.task}|${shown.layer}|${shown.latent}`];
   const scales = () => (live ? live.scales : data.scales);
@@ -195,8 +211,11 @@ function render({ model, el: root }) {
   const grid = el("div", { class: "nbw-controls" },
     el("div", {}, field("Task", task), field("Prompt", example), own, field("Layer", layer)),
     el("div", {}, field("Find a feature", search), field("Feature", features), anyLatent));
-  root.append(el("div", { class: "nbw", role: "group", "aria-label": "Steering control" },
-    status, grid, field("Scale", el("span", { class: "nbw-slider" }, scale, scaleText)), problem, results, curve, evidence));
+  const box = el("div", { class: "nbw", role: "group", "aria-label": "Steering control" },
+    status, grid, field("Scale", el("span", { class: "nbw-slider" }, scale, scaleText)), problem, results, curve, evidence);
+  root.append(box);
+  for (const moved of ["input", "change"]) box.addEventListener(moved, remember);
+  addEventListener("hashchange", () => { if (recall()) listTasks(); });
 
   const ask = line(model, (told) => {
     if (told.kind === "loading") status.replaceChildren("Precomputed; the kernel is loading the model …");
@@ -211,6 +230,7 @@ function render({ model, el: root }) {
   });
   status.replaceChildren(`Precomputed: ${data.scales.length} scales of ${Object.keys(data.cells).length} directions, computed with ${data.model}. Run this page in JupyterLab (make lab) to type prompts and steer live.`);
   root.firstChild.dataset.mode = "precomputed";
+  recall();
   if (shown.task) listTasks();
   else results.replaceChildren("Nothing is precomputed for this model: run python -m workflow.explore_grid.");
   model.send({ what: "hello" });
