@@ -1,5 +1,5 @@
 # book: run the post's experiments on three tasks and build the book · report: all of them on every task · test: the suite
-# More: html (only rebuild the pages) stale same map serve lab lint saes grow evidence explore tasks bench audit clean. Each target installs what it needs into .venv.
+# More: html (only rebuild the pages) pdf stale same map serve lab lint saes grow evidence explore tasks bench audit clean. Each target installs what it needs into .venv.
 
 # The versions of Python that will do, as pyproject.toml says: >=3.11.5,<3.14. The newest that runs is taken.
 PYTHONS := $(shell sed -n 's/^requires-python = "\(.*\)"/\1/p' pyproject.toml)
@@ -29,7 +29,7 @@ SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --profile workflow/p
 runs = $(SNAKEMAKE) --unlock $(1) >/dev/null 2>&1; $(SNAKEMAKE) $(1)
 
 .SILENT:
-.PHONY: book report html stale same map model test lint serve lab saes grow evidence explore tasks bench audit constraints clean
+.PHONY: book report html pdf stale same map model test lint serve lab saes grow evidence explore tasks bench audit constraints clean
 
 book: model
 	$(call runs,--config size=book)
@@ -51,6 +51,9 @@ html: .venv/installed
 	$(BIN)/jupyter-book build . --toc _build/_toc.yml --all -W -n --keep-going >logs/html.log 2>&1 \
 	  || { grep -E "WARNING: |Error[^ ]*: ." logs/html.log | sort -u | tail -5; echo "The book was not built: see logs/html.log"; exit 1; }
 	echo "The book is $(CURDIR)/_build/html/index.html: open it in a browser, or run make serve."
+
+pdf: .venv/installed
+	$(BIN)/python -m workflow.pdf
 
 stale: .venv/installed
 	$(BIN)/python -m workflow.stale results/tables $(wildcard results/runs/tables)

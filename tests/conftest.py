@@ -11,6 +11,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_markdown_cell, new_notebook
 
+from workflow import pdf
+
 ROOT = Path(__file__).resolve().parents[1]
 # What `make test` says to its commands is not for the calls of make, the workflow and Python that are tested here.
 OF_MAKE = re.compile(r"MAKE\w*|MFLAGS|BOOK_(TASKS|MODEL|SAE_SET|EXPERIMENTS|ONLY|SINCE)|PYTHONUTF8|PYTHONIOENCODING")
@@ -19,7 +21,6 @@ for name in filter(OF_MAKE.fullmatch, list(os.environ)):
 PARTS = (
     "_config.yml", "_toc.yml", "book", "nb_utils", "results/tables", "results/versions", "data", "saes", "workflow",
 )  # fmt: skip
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 LONG = ("test_book", "test_explore", "test_workflow", "test_notebooks", "test_models")
 RUN = "results/runs/02_cleanup/gemma-3-270m"
 
@@ -93,7 +94,7 @@ def pages(built):
 def browser():
     from playwright.sync_api import sync_playwright
 
-    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    program = next(filter(None, map(shutil.which, pdf.PROGRAMS)), None)
     if program is None:
         pytest.skip("no chromium on this machine: install one to check the pages in a browser")
     with sync_playwright() as playwright:

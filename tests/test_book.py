@@ -9,6 +9,7 @@ from axe_playwright_python.sync_playwright import Axe
 from conftest import ROOT, RUN
 
 from book.ledger import contents
+from workflow import pdf
 
 WCAG_AA = {
     "runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"], "resultTypes": ["violations"],
@@ -120,3 +121,44 @@ def test_a_browser_opens_every_page_from_disk_without_complaint(browser, built, 
             complaints += [f"{page}, {scheme}: {broken['help']}: {node['html'][:200]}" for node in broken["nodes"]]
     context.close()
     assert not complaints
+
+
+def test_a_figure_says_its_values_to_mouse_and_keyboard(browser, built):
+    tab = browser.new_page()
+    tab.goto((built / "book/findings/02_cleanup.html").resolve().as_uri(), timeout=120_000)
+    figure = tab.locator("figure.nb-values").first
+    said, picture = figure.locator("output"), figure.locator("svg")
+    figure.locator("details").evaluate("details => (details.open = true)")
+    rows = [row.split("\t") for row in figure.locator("tbody tr").all_inner_texts()]
+    picture.focus()
+    tab.keyboard.press("ArrowRight")
+    first = said.inner_text()
+    tab.keyboard.press("ArrowRight")
+    second = said.inner_text()
+    assert first and second and first != second
+    assert any(all(cell in first for cell in row) for row in rows)
+    figure.locator(".nb-spot").nth(4).hover(force=True)
+    assert said.inner_text() not in (first, second, "")
+    tab.close()
+
+
+PRINTED = """() => [...document.querySelectorAll("article :is(button, select, input, pre)")].filter((one) =>
+  one.checkVisibility() && (one.tagName !== "PRE" || one.scrollWidth > one.clientWidth + 1)
+).map((one) => one.outerHTML)"""
+
+
+def test_a_finding_prints_without_buttons_and_cut_code(browser, built, tmp_path):
+    page = pdf.pages(["02_cleanup"], built / "book/findings")
+    tab = browser.new_page(viewport={"width": 700, "height": 1000})
+    tab.goto(page[0].resolve().as_uri(), timeout=120_000)
+    tab.emulate_media(media="print")
+    assert not tab.evaluate(PRINTED)
+    tab.close()
+
+
+def test_pdfs_are_named_as_the_pages_and_a_wrong_name_is_one_sentence(built):
+    assert {page.stem for page in pdf.pages([], built / "book/findings")} >= {"00_overview", "02_cleanup"}
+    with pytest.raises(SystemExit, match="There is no finding 99_none: the book has 00_overview, "):
+        pdf.pages(["99_none"], built / "book/findings")
+    with pytest.raises(SystemExit, match="There is no book yet"):
+        pdf.pages([], built / "book/nothing")

@@ -89,6 +89,32 @@ def test_the_static_control_moves_and_shows_the_right_cell_of_the_grid(page):
             assert tokens == [token.translate(marks) for token in shown["tokens"]]
 
 
+def test_the_address_leads_back_to_what_was_shown(page):
+    assert not page.url.partition("#")[2], "nobody has moved anything"
+    box = page.get_by_role("group", name="Steering control")
+    box.locator('[data-field="task"]').select_option("en_es")
+    box.locator('[data-field="layer"]').select_option("10")
+    box.locator('[data-field="feature"]').select_option(index=2)
+    box.locator('[data-field="example"]').select_option("1")
+    box.locator('[data-field="scale"]').fill("3")
+    shown = ("task", "layer", "feature", "example", "scale"), ("scale-text", "mean-after", "loss-after")
+
+    def state(of):
+        given = [of.locator(f'[data-field="{name}"]').input_value() for name in shown[0]]
+        return given + [text(of, name) for name in shown[1]]
+
+    other = page.context.new_page()
+    other.goto(page.url, timeout=WAIT)
+    there = other.get_by_role("group", name="Steering control")
+    there.wait_for(timeout=WAIT)
+    assert state(there) == state(box)
+    for wrong in ("#task=none&block=10&feature=1", "#task=en_es&block=10&feature=-7&scale=x&example=99", "#%"):
+        other.goto("about:blank")
+        other.goto(page.url.partition("#")[0] + wrong, timeout=WAIT)
+        there.wait_for(timeout=WAIT)
+        assert text(there, "mean-after")
+
+
 def test_the_first_page_shows_a_control_without_scrolling(page, built):
     page.goto((built / "book/index.html").resolve().as_uri(), timeout=WAIT)
     box = page.get_by_role("group", name="One vector, one slider")
