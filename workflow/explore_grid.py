@@ -2,7 +2,7 @@
 
 Three tables: explore_steering (surviving features and random directions x scales on test prompts, with examples),
 explore_tokens (where detector and executor candidates fire in a few-shot prompt) and explore_cleaning (one vector
-cleaned from 20 pairs).
+cleaned from 20 pairs). The steering control has every task whose features are known, three of them in full.
 """
 
 import argparse
@@ -10,24 +10,30 @@ import argparse
 import pandas as pd
 import torch
 
-from nb_utils import engine, models, prompts, saes, tasks, workbench
+from nb_utils import engine, interventions, models, prompts, saes, tasks, workbench
 from nb_utils.record import tables
 from nb_utils.show import microscope
 from nb_utils.show.widgets import KEPT, N_EXAMPLES, N_TEST, N_TOKENS, WHOLE, offered, pruned_vector
 
-TASKS = ("antonyms", "en_es", "present_simple_past_simple")
+TASKS = ("antonyms", "en_es", "present_simple_past_simple")  # in full; every feature is tried on these
 SCALES = (-0.5, -0.25, -0.1, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0)
 ELSEWHERE = (-0.25, 0.1, 0.2, 0.3, 0.5)  # scales on the other tasks
 LAYERS, MOST = (6, 8, 10), 8  # most features of one task at one layer, by weight
+OTHER_LAYERS, OTHER_MOST = (8, 10), 4  # of the other tasks: a page must hold them all
 N_RANDOM = 5  # random directions beside them, drawn anew for each layer
 N_SHOTS, N_PROMPTS = 4, 12
 N_PAIRS, CLEANED_LAYER = 20, 10  # of the workbench's example
 
 
+def extent(task: str) -> tuple[tuple[int, ...], int]:
+    """Say at which layers, and with how many features at each, a task is shown."""
+    return (LAYERS, MOST) if task in TASKS else (OTHER_LAYERS, OTHER_MOST)
+
+
 def directions(task: str, layer: int, sae: saes.Sae) -> tuple[pd.DataFrame, torch.Tensor]:
     """List the pruned vector, the largest features at a layer and random directions, with units [n, d_model]."""
     found, vector = offered(task), pruned_vector(task, layer, sae)
-    found = found[found["layer"] == layer].nlargest(MOST, "weight")
+    found = found[found["layer"] == layer].nlargest(extent(task)[1], "weight")
     whole = pd.DataFrame([{"layer": layer, "latent": WHOLE, "weight": float(vector.norm()), "method": "pruned"}])
     noise = torch.randn(N_RANDOM, len(vector), generator=torch.Generator().manual_seed(layer))
     random = pd.DataFrame({"layer": layer, "latent": range(WHOLE - 1, WHOLE - 1 - N_RANDOM, -1), "method": "random"})
@@ -37,7 +43,10 @@ def directions(task: str, layer: int, sae: saes.Sae) -> tuple[pd.DataFrame, torc
 
 
 def steering(lm: models.Model, task: str, layer: int, sites: dict, sae: saes.Sae) -> pd.DataFrame:
-    """Steer with each direction of ``task`` at every scale, on its own test prompts and on the other tasks'."""
+    """Steer with each direction of ``task`` at every scale, on its own test prompts and on those of other tasks.
+
+    ``sites``: of the test prompts, by task.
+    """
     listed, units = directions(task, layer, sae)
     norm = float(sites[task].at(layer).norm(dim=1).mean())
     parts = []
@@ -71,10 +80,16 @@ def examples(lm: models.Model, site: engine.Site, steered: torch.Tensor, layer: 
         for part in steered.split(48)
         for looks, texts in zip(
             microscope.views(site, part, layer),
-            zip(*(microscope.continuations(lm, prompt, part, layer, N_TOKENS) for prompt in site.prompts), strict=True),
+            continued(lm, site, part, layer),
             strict=True,
         )
     ]
+
+
+def continued(lm: models.Model, site: engine.Site, steered: torch.Tensor, layer: int) -> list[tuple[str, ...]]:
+    """Return how every prompt goes on with each vector, vector by vector."""
+    what = interventions.Intervention({layer: interventions.add(steered)})
+    return list(zip(*(interventions.continuations(lm, one, what, N_TOKENS) for one in site.prompts), strict=True))
 
 
 def strips(lm: models.Model, splits: dict, dictionaries: dict) -> pd.DataFrame:
@@ -152,7 +167,8 @@ def write(args: argparse.Namespace) -> None:
     lm = models.load(args.model)
     splits = {task: tasks.split(tasks.load(task)) for task in TASKS}
     dictionaries = {layer: saes.load(lm, "shipped", layer) for layer in LAYERS}
-    settings = dict(tasks=TASKS, scales=SCALES, n_test=N_TEST, kept=KEPT, n_shots=N_SHOTS, most=MOST)
+    settings = dict(tasks=TASKS, scales=SCALES, n_test=N_TEST, kept=KEPT, n_shots=N_SHOTS, most=MOST,
+                    other_layers=OTHER_LAYERS, other_most=OTHER_MOST)
     origin = tables.provenance(settings, lm.sha256, {layer: sae.sha256 for layer, sae in dictionaries.items()})
 
     def save(frame, stem, name):
@@ -162,12 +178,12 @@ def write(args: argparse.Namespace) -> None:
         save(frame, "explore_tokens", task)
     every = {layer: dictionaries.get(layer) or saes.load(lm, "shipped", layer) for layer in saes.layers(lm, "shipped")}
     save(cleaning(lm, every, TASKS[0], CLEANED_LAYER), "explore_cleaning", TASKS[0])
-    sites = {
-        task: engine.Site.prepare(lm, prompts.zero_shot(lm.tokenizer, split.test[:N_TEST]), answer_tokens=2)
-        for task, split in splits.items()
-    }
-    for task in TASKS:
-        parts = [steering(lm, task, layer, sites, sae) for layer, sae in dictionaries.items()]
+    for task in sorted(tables.names("02_cleanup_features", args.model), key=lambda task: task not in TASKS):
+        sites = {
+            name: engine.Site.prepare(lm, prompts.zero_shot(lm.tokenizer, split.test[:N_TEST]), answer_tokens=2)
+            for name, split in ({task: tasks.split(tasks.load(task))} | splits).items()
+        }
+        parts = [steering(lm, task, layer, sites, dictionaries[layer]) for layer in extent(task)[0]]
         save(pd.concat(parts, ignore_index=True), "explore_steering", task)
 
 
