@@ -202,23 +202,29 @@ def runner(folder, small_models, sizes=(), **asked):
 
 
 @pytest.fixture(scope="module")
-def tables_of(tmp_path_factory, small_models):
-    return runner(tmp_path_factory.mktemp("tables"), small_models)
-
-
-@pytest.fixture(scope="module")
-def tables_again(tmp_path_factory, small_models):
-    """The same once more, in kernels that are forked from a warm parent, as the workflow has them."""
-    folder = tmp_path_factory.mktemp("again")
+def forked_kernels(tmp_path_factory):
+    """Kernels are forked from a warm parent, as the workflow has them: they import nothing anew."""
+    folder = tmp_path_factory.mktemp("kernels")
     command = [sys.executable, "-m", "workflow.kernels", str(folder / "socket"), "--model", "tiny"]
     with pytest.MonkeyPatch.context() as patch, subprocess.Popen(command, stdin=subprocess.PIPE, cwd=ROOT) as parent:
-        patch.setenv("NB_KERNELS", str(folder / "socket"))
         deadline = time.monotonic() + 60
         while not (folder / "socket").exists():
             assert parent.poll() is None and time.monotonic() < deadline, "the parent of the kernels did not start"
             time.sleep(0.1)
-        yield runner(folder, small_models)
+        patch.setenv("NB_KERNELS", str(folder / "socket"))
+        yield patch
         parent.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def tables_of(tmp_path_factory, small_models, forked_kernels):
+    return runner(tmp_path_factory.mktemp("tables"), small_models)
+
+
+@pytest.fixture(scope="module")
+def tables_again(tmp_path_factory, small_models, forked_kernels):
+    """The same once more."""
+    return runner(tmp_path_factory.mktemp("again"), small_models)
 
 
 def workflow_needs():
@@ -236,7 +242,7 @@ def test_an_experiment_runs_on_the_tiny_model_and_saves_its_table(path, tables_o
 
 
 @pytest.fixture(scope="module")
-def single_tables_of(tmp_path_factory, small_models):
+def single_tables_of(tmp_path_factory, small_models, forked_kernels):
     return runner(tmp_path_factory.mktemp("single"), small_models, SINGLE, **TWICE)
 
 
@@ -257,6 +263,12 @@ def test_two_runs_with_one_seed_give_the_same_bytes(path, tables_of, tables_agai
     assert made
     for table in made:
         assert (first / table).read_bytes() == (second / table).read_bytes(), f"{table} differs"
+
+
+def test_a_kernel_of_its_own_gives_what_a_forked_one_gives(tables_of, tmp_path, monkeypatch):
+    monkeypatch.delenv("NB_KERNELS")
+    made = runner(tmp_path, {})("01_reconstruction_loss") / "01_reconstruction_loss/tiny/antonyms.parquet"
+    assert made.read_bytes() == (tables_of("01_reconstruction_loss") / made.relative_to(tmp_path)).read_bytes()
 
 
 @every_experiment
