@@ -87,7 +87,8 @@ def stated(problem: Problem, found: list[Cleaned]) -> list[Cleaned]:
     ``problem``: its sites are taken, its vocabulary and batches are not.
     """
     vectors = torch.stack([one.vector for one in found])
-    scores = (site.evaluate(vectors, problem.layer, problem.mode) for site in (problem.train, problem.validation))
+    sites = problem.train, problem.validation
+    scores = (site.evaluate(vectors, problem.layer, problem.mode, whole=False) for site in sites)
     losses = (score.nll.nansum(-1).mean(1).tolist() for score in scores)
     return [
         replace(one, train_loss=train, validation_loss=validation)

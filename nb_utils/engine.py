@@ -329,18 +329,19 @@ class Site:
     @torch.no_grad()
     def evaluate(
         self, vectors: Float[Tensor, "n *batch d_model"], layer: int, mode: str = "add",
-        reference: Float[Tensor, "batch vocab"] | None = None,
+        reference: Float[Tensor, "batch vocab"] | None = None, whole: bool = True,
     ) -> Scores:
         """Score every vector on every prompt over the whole vocabulary, in chunks that respect `budget`.
 
-        ``reference``: log-probabilities of the first answer token to which ``Scores.kl`` refers.
+        ``reference``: log-probabilities of the first answer token to which ``Scores.kl`` refers. ``whole``: whether
+        `Scores.exact` is asked for, which runs the model twice.
         """
 
         def change(site, part, owners):
             some = vectors[part] if vectors.ndim == 2 or site is self else vectors[part][:, owners]
             return site.hidden(some, layer, mode)
 
-        return self.scored(change, len(vectors), reference)
+        return self.scored(change, len(vectors), reference, whole)
 
     @torch.no_grad()
     def scored(
@@ -350,7 +351,7 @@ class Site:
 
         ``change(site, part, owners)`` returns what the unembedding reads [len(part), n_labels, d_model] with some of
         the changes on a site of the same prompts, longer ones perhaps, some of them left out; ``owners``: which prompt
-        of this site each of that one's is. ``whole``: whether `Scores.exact` is asked for, which runs the model twice.
+        of this site each of that one's is. ``whole`` as in `evaluate`.
         """
         parts = [self._score(change, part, reference, whole) for part in self.parts(n)]
         return Scores(*(torch.cat([getattr(part, name) for part in parts]) for name in Scores.__dataclass_fields__))
