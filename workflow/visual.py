@@ -8,8 +8,8 @@ only the example does. `workflow.see` trains the model, `book/experiments/23_vis
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cache, cached_property
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import matplotlib
@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import max_pool2d, relu
 
-from nb_utils import files, models
+from nb_utils import files, models, saes
 from nb_utils.text import visible
 
 SHIPPED = Path(__file__).resolve().parents[1] / "visual"
@@ -33,6 +33,7 @@ KINDS = ("clean", "dark", "grey", "hole")
 OPERATIONS = ("copy", "restore", "segment", "edges", "invert", "mirror", "rotate", "cut_out")
 DARK, HOLE = 0.35, 5  # what is left of the light; side of a hole, in pixels
 SIZES, SHIFT = (8, 10, 12), 2  # of figures, and how far they may be off the middle, in pixels
+GROUPS = ("query", "answer")  # the tokens where heads are patched
 HELD = 5  # one figure of so many is never trained on
 # All that is trained: to restore a clean picture is to copy it.
 TRAINED = [(kind, made) for kind in KINDS for made in OPERATIONS if (kind, made) != ("clean", "restore")]
@@ -43,6 +44,9 @@ TASKS = {
     "invert": ("clean", "invert"), "mirror": ("clean", "mirror"), "rotate": ("clean", "rotate"),
     "cut_out": ("clean", "cut_out"), "dark_copy": ("dark", "copy"), "grey_copy": ("grey", "copy"),
 }  # fmt: skip
+
+
+At = Callable[[int, Tensor], Tensor]  # a block and what stands there -> what goes on
 
 
 class VisualError(ValueError):
@@ -306,7 +310,7 @@ class Painter(torch.nn.Module):
 
     def forward(
         self, query: Float[Tensor, "n 3 side side"], example: Float[Tensor, "n 2 3 side side"] | None = None,
-        heads: Callable[[int, Tensor], Tensor] | None = None, stream: Callable[[int, Tensor], Tensor] | None = None,
+        heads: At | None = None, stream: At | None = None,
     ) -> Float[Tensor, "n 3 side side"]:  # fmt: skip
         """Paint the answers. ``heads`` and ``stream`` are given a block and what stands there, and return what goes on.
 
@@ -314,10 +318,15 @@ class Painter(torch.nn.Module):
         ``stream`` the stream after the block [n, tokens, d_model]. The answer's tokens are the last, the query's those
         before. Of the last block only the former are computed.
         """
-        x = self.embed(query, example)
-        for number, block in enumerate(self.blocks):
+        return self.go_on(self.embed(query, example), 0, heads, stream)
+
+    def go_on(
+        self, x: Float[Tensor, "n tokens d_model"], start: int, heads: At | None = None, stream: At | None = None
+    ) -> Float[Tensor, "n 3 side side"]:  # fmt: skip
+        """Paint the answers from the stream before a block."""
+        for number, block in enumerate(self.blocks[start:], start):
             first = x.shape[1] - PLACES if number == len(self.blocks) - 1 else 0
-            x = block(x, first, None if heads is None else lambda z, number=number: heads(number, z))
+            x = block(x, first, None if heads is None else partial(heads, number))
             x = x if stream is None else stream(number, x)
         return pictures(self.paint(self.norm(x[:, -PLACES:])).float())
 
@@ -398,10 +407,143 @@ def measured(model: Visual, n: int, seed: int = 0) -> Iterator[dict]:
                "nearest": round(nearest(painted, of, held_against).float().mean().item(), 4)}  # fmt: skip
 
 
-def seen(model: Visual, query: Tensor, example: Tensor | None = None, **more: Callable) -> Float[Tensor, "n 3 side side"]:
+def seen(model: Visual, query: Tensor, example: Tensor | None = None, **more: At) -> Float[Tensor, "n 3 side side"]:
     """Paint answers where the model is."""
     device = model.device
     return model.net(query.to(device), None if example is None else example.to(device), **more)
+
+
+# Heads and streams
+
+
+def sites(spec: Spec) -> list[tuple[int, int, int]]:
+    """List what can be patched: (block, head, tokens), with tokens a place in `GROUPS`.
+
+    What heads of the last block take to the query goes nowhere.
+    """
+    every = [(block, head, group) for block in range(spec.blocks) for head in range(spec.heads) for group in (0, 1)]
+    return [site for site in every if site[0] < spec.blocks - 1 or GROUPS[site[2]] == "answer"]
+
+
+@torch.no_grad()
+def means(
+    model: Visual, of: Grids, example: bool = True
+) -> tuple[Float[Tensor, "blocks tokens heads d_head"], Float[Tensor, "blocks tokens d_model"]]:
+    """Return means over grids, with their examples or without, of what heads give and of streams after blocks.
+
+    The tokens are those of the query, then those of the answer; zeros stand for what the last block leaves out.
+    """
+    found = [], []
+
+    def keep(where, block, x):
+        mean = x[:, -2 * PLACES :].mean(0)
+        where.append(torch.cat([mean.new_zeros(2 * PLACES - len(mean), *mean.shape[1:]), mean]))
+        return x
+
+    shown = of.example if example else None
+    seen(model, of.query, shown, heads=partial(keep, found[0]), stream=partial(keep, found[1]))
+    return torch.stack(found[0]), torch.stack(found[1])
+
+
+def patched(
+    model: Visual, query: Float[Tensor, "n 3 side side"], values: Tensor, masks: Float[Tensor, "n sites"]
+) -> Float[Tensor, "n 3 side side"]:  # fmt: skip
+    """Paint answers without example, each with what some heads give replaced; differentiable in the masks.
+
+    ``values`` as `means` gives them, or [n, …], one for every query. ``masks``: 1 where a site is replaced, 0 where
+    not, or a share between.
+    """
+    block, head, group = torch.tensor(sites(model.spec)).T
+    share = masks.new_zeros(len(masks), model.spec.blocks, len(GROUPS), model.spec.heads)
+    share = share.index_put((torch.arange(len(masks))[:, None], block, group, head), masks)
+    share = share.repeat_interleave(PLACES, 2).to(model.device)
+
+    def put(number, z):
+        tokens = z.shape[1]
+        return torch.lerp(z, values[..., number, -tokens:, :, :].expand_as(z), share[:, number, -tokens:, :, None])
+
+    return seen(model, query, heads=put)
+
+
+def closer(
+    model: Visual, of: Grids, values: Tensor, masks: Float[Tensor, "m sites"], unit: Float[Tensor, " n"] | float = 1.0
+) -> Float[Tensor, "m n"]:
+    """Return the errors of all grids under all masks, their sign turned, in a unit: a reward, differentiable in masks."""
+    m, n = len(masks), len(of)
+    painted = patched(model, of.query.repeat(m, 1, 1, 1), _repeated(values, m), masks.repeat_interleave(n, 0))
+    return -error(painted.unflatten(0, (m, n)), of.answer).cpu() / unit
+
+
+def _repeated(values: Tensor, m: int) -> Tensor:
+    return values if values.ndim == 4 else values.repeat(m, 1, 1, 1, 1)
+
+
+def in_turns(model: Visual, of: Grids, values: Tensor, unit: Float[Tensor, " n"] | float = 1.0) -> Callable:
+    """Return a reward for `heads.by_reward` that tries each mask on one grid, in turns."""
+
+    def reward(masks: Float[Tensor, "m sites"]) -> Float[Tensor, "m n"]:
+        turn = torch.arange(len(masks)) % len(of)
+        painted = patched(model, of.query[turn], values if values.ndim == 4 else values[turn.to(values.device)], masks)
+        off = -error(painted, of.answer[turn]).cpu()
+        return torch.full((len(masks), len(of)), torch.nan).scatter(1, turn[:, None], off[:, None]) / unit
+
+    return reward
+
+
+@torch.no_grad()
+def greedily(
+    model: Visual, of: Grids, values: Tensor, most: int
+) -> Iterator[Float[Tensor, " sites"]]:  # fmt: skip
+    """Yield masks of one site more each: the one that brings the mean error down most, beside those before."""
+    mask = torch.zeros(len(sites(model.spec)))
+    for _ in range(most):
+        tried = torch.maximum(mask, torch.eye(len(mask)))
+        gain = closer(model, of, values, tried).mean(1)
+        mask = tried[gain.masked_fill(mask > 0, -torch.inf).argmax()]
+        yield mask
+
+
+@dataclass(frozen=True)
+class Painted:
+    """What vectors are cleaned on, as a `cleaning.Problem`: pairs of vectors, one for every token of the query, one for
+    every token of the answer, added after a block where there is no example. Losses are mean squared errors.
+    """
+
+    model: Visual
+    block: int
+    training: Grids
+    validation: Grids
+
+    def __post_init__(self):
+        if not 0 <= self.block < self.model.spec.blocks - 1:
+            last = self.model.spec.blocks - 1
+            raise VisualError(f"After block {self.block} no block is left to use a vector in: take one below {last}.")
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def train_loss(self, vectors: Float[Tensor, "n both"], step: int) -> Float[Tensor, " n"]:
+        return self.loss(vectors, self.training)
+
+    @torch.no_grad()
+    def validation_loss(self, vectors: Float[Tensor, "n both"]) -> Float[Tensor, " n"]:
+        return self.loss(vectors, self.validation)
+
+    def loss(self, vectors: Float[Tensor, "n both"], of: Grids) -> Float[Tensor, " n"]:
+        return torch.stack([error(self.paint(vector, of.query), of.answer).mean() for vector in vectors])
+
+    def paint(self, vector: Float[Tensor, " both"], query: Float[Tensor, "n 3 side side"]) -> Tensor:
+        """Paint answers without example, with a pair of vectors added."""
+        more = vector.to(self.device).unflatten(0, (len(GROUPS), -1)).repeat_interleave(PLACES, 0)
+        return seen(self.model, query, stream=lambda block, x: x + more if block == self.block else x)
+
+
+def pair(sae: saes.Sae) -> saes.Sae:
+    """Return the SAE of a pair of vectors, laid end to end: of each the same one."""
+    twice = {name: torch.block_diag(*[getattr(sae, name)] * 2) for name in ("W_enc", "W_dec")}
+    twice |= {name: getattr(sae, name).repeat(2) for name in ("b_enc", "b_dec", "threshold")}
+    return replace(sae, **twice)
 
 
 # Files
