@@ -19,7 +19,6 @@ from workflow.visual import Spec, Visual, VisualError
 WARM, FALL = 100, 0.4  # steps in which the rate rises, and the last part of training in which it falls
 DECAY = 0.01  # of weights
 ALONE = 8  # one grid of so many is seen without example, too
-SHOWN = 12  # grids a task that a stage of training is measured on
 
 
 def see(spec: Spec, root: str | Path = visual.SHIPPED, checkpoint_seconds: float = 60) -> Path:
@@ -48,7 +47,7 @@ def learn(spec: Spec, checkpoint: Path, checkpoint_seconds: float) -> Visual:
     optimizers = optimized(model)
     course = training.Course(
         f"visual/{spec.name}", dict(model.net.named_parameters()), optimizers, spec.steps, spec.stages,
-        partial(_step, model, optimizers), lambda: list(visual.measured(model, SHOWN)),
+        partial(_step, model, optimizers), lambda: list(visual.measured(model, visual.SHOWN)),
     )  # fmt: skip
     return Visual(spec, model.net, tuple(training.train(course, checkpoint, checkpoint_seconds)))
 

@@ -29,6 +29,7 @@ SHIPPED = Path(__file__).resolve().parents[1] / "visual"
 WEIGHTS, CARD = "model.safetensors", "card.json"
 SIDE, PATCH = 16, 4  # pixels of a picture and of a patch, a token each
 PLACES = (SIDE // PATCH) ** 2  # patches of a picture
+SHOWN = 12  # grids a task that a stage of training is measured on
 KINDS = ("clean", "dark", "grey", "hole")
 OPERATIONS = ("copy", "restore", "segment", "edges", "invert", "mirror", "rotate", "cut_out")
 DARK, HOLE = 0.35, 5  # what is left of the light; side of a hole, in pixels
@@ -234,6 +235,31 @@ def grids(
     return Grids(torch.stack([example.shown(kinds), out], 1), query.shown(kinds), query.made(kinds), asked)
 
 
+def joined(parts: Sequence[Grids]) -> Grids:
+    """Put grids after one another."""
+    answers = torch.cat([part.answers for part in parts], 1)
+    example, query, asked = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("example", "query", "asked")
+    )
+    return Grids(example, query, answers, asked)
+
+
+def another(
+    kinds: Int[Tensor, " n"], asked: Int[Tensor, " n"], generator: torch.Generator
+) -> Int[Tensor, " n"]:  # fmt: skip
+    """Draw another operation for each, which makes something else of a picture of that kind."""
+    other = (asked + torch.randint(1, len(OPERATIONS), asked.shape, generator=generator)) % len(OPERATIONS)
+    same = (kinds == KINDS.index("clean")) & (asked < 2) & (other < 2)  # of a clean picture, to copy is to restore
+    return torch.where(same, OPERATIONS.index("invert"), other)
+
+
+def rivals(task: str) -> list[str]:
+    """List the tasks whose operations make something else of the task's pictures than its own does."""
+    kind, made = TASKS[task]
+    same = {"copy", "restore"} if kind == "clean" and made in ("copy", "restore") else {made}
+    return [name for name, (_, other) in TASKS.items() if other not in same]
+
+
 def numbered(tasks: Sequence[tuple[str, str]], n: int = 1) -> tuple[Int[Tensor, " all"], Int[Tensor, " all"]]:
     """Return the numbers of kinds and operations of tasks, each ``n`` times."""
     pairs = torch.tensor([(KINDS.index(kind), OPERATIONS.index(made)) for kind, made in tasks])
@@ -318,16 +344,21 @@ class Painter(torch.nn.Module):
         ``stream`` the stream after the block [n, tokens, d_model]. The answer's tokens are the last, the query's those
         before. Of the last block only the former are computed.
         """
-        return self.go_on(self.embed(query, example), 0, heads, stream)
+        return self.read(self.run(self.embed(query, example), 0, None, heads, stream))
 
-    def go_on(
-        self, x: Float[Tensor, "n tokens d_model"], start: int, heads: At | None = None, stream: At | None = None
-    ) -> Float[Tensor, "n 3 side side"]:  # fmt: skip
-        """Paint the answers from the stream before a block."""
-        for number, block in enumerate(self.blocks[start:], start):
+    def run(
+        self, x: Float[Tensor, "n tokens d_model"], start: int, end: int | None = None, heads: At | None = None,
+        stream: At | None = None,
+    ) -> Float[Tensor, "n tokens d_model"]:  # fmt: skip
+        """Run some blocks: those from ``start`` on, up to ``end``."""
+        for number, block in enumerate(self.blocks[start:end], start):
             first = x.shape[1] - PLACES if number == len(self.blocks) - 1 else 0
             x = block(x, first, None if heads is None else partial(heads, number))
             x = x if stream is None else stream(number, x)
+        return x
+
+    def read(self, x: Float[Tensor, "n tokens d_model"]) -> Float[Tensor, "n 3 side side"]:
+        """Read the answers off the last stream."""
         return pictures(self.paint(self.norm(x[:, -PLACES:])).float())
 
 
@@ -390,10 +421,7 @@ def measured(model: Visual, n: int, seed: int = 0) -> Iterator[dict]:
     """
     generator = torch.Generator().manual_seed(1 << 40 | seed)
     kinds, asked = numbered(TRAINED, n)
-    other = (asked + torch.randint(1, len(OPERATIONS), asked.shape, generator=generator)) % len(OPERATIONS)
-    clean = KINDS.index("clean")
-    for made, twin in ((0, 1), (1, 0)):  # of a clean picture, to copy is to restore: no other operation
-        other[(kinds == clean) & (asked == made) & (other == twin)] = OPERATIONS.index("invert")
+    other = another(kinds, asked, generator)
     held = figures().split[1]
     right = grids(held, kinds, asked, generator)
     wrong = grids(held, kinds, asked, generator, other)
@@ -466,16 +494,12 @@ def patched(
 
 
 def closer(
-    model: Visual, of: Grids, values: Tensor, masks: Float[Tensor, "m sites"], unit: Float[Tensor, " n"] | float = 1.0
-) -> Float[Tensor, "m n"]:
-    """Return the errors of all grids under all masks, their sign turned, in a unit: a reward, differentiable in masks."""
+    model: Visual, of: Grids, values: Tensor, masks: Float[Tensor, "m sites"]
+) -> Float[Tensor, "m n"]:  # fmt: skip
+    """Return the errors of all grids under all masks, their sign turned: a reward, differentiable in the masks."""
     m, n = len(masks), len(of)
-    painted = patched(model, of.query.repeat(m, 1, 1, 1), _repeated(values, m), masks.repeat_interleave(n, 0))
-    return -error(painted.unflatten(0, (m, n)), of.answer).cpu() / unit
-
-
-def _repeated(values: Tensor, m: int) -> Tensor:
-    return values if values.ndim == 4 else values.repeat(m, 1, 1, 1, 1)
+    painted = patched(model, of.query.repeat(m, 1, 1, 1), values, masks.repeat_interleave(n, 0))
+    return -error(painted.unflatten(0, (m, n)), of.answer).cpu()
 
 
 def in_turns(model: Visual, of: Grids, values: Tensor, unit: Float[Tensor, " n"] | float = 1.0) -> Callable:
@@ -531,12 +555,19 @@ class Painted:
         return self.loss(vectors, self.validation)
 
     def loss(self, vectors: Float[Tensor, "n both"], of: Grids) -> Float[Tensor, " n"]:
-        return torch.stack([error(self.paint(vector, of.query), of.answer).mean() for vector in vectors])
+        painted = self.paint(vectors, of.query)
+        return error(painted, of.answer).mean(1)
 
-    def paint(self, vector: Float[Tensor, " both"], query: Float[Tensor, "n 3 side side"]) -> Tensor:
-        """Paint answers without example, with a pair of vectors added."""
-        more = vector.to(self.device).unflatten(0, (len(GROUPS), -1)).repeat_interleave(PLACES, 0)
-        return seen(self.model, query, stream=lambda block, x: x + more if block == self.block else x)
+    def paint(
+        self, vectors: Float[Tensor, "n both"], query: Float[Tensor, "grids 3 side side"]
+    ) -> Float[Tensor, "n grids 3 side side"]:  # fmt: skip
+        """Paint the answers without example, with each pair of vectors added."""
+        net, n = self.model.net, len(vectors)
+        with torch.no_grad():  # before the vector, nothing depends on it
+            plain = net.run(net.embed(query.to(self.device), None), 0, self.block + 1)
+        more = vectors.to(plain).unflatten(1, (len(GROUPS), -1)).repeat_interleave(PLACES, 1)
+        whole = (plain + more[:, None]).flatten(0, 1)
+        return net.read(net.run(whole, self.block + 1)).unflatten(0, (n, len(query)))
 
 
 def pair(sae: saes.Sae) -> saes.Sae:
