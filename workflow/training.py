@@ -1,11 +1,15 @@
-"""Training of small models that may be killed at any moment: started again, it goes on from its last checkpoint."""
+"""Small models that the book trains itself: training that may be killed at any moment, and what is kept of them.
+
+Started again, training goes on from its last checkpoint. A kept model is a folder: weights in half precision, a card
+(how it was trained, and what was measured on the way) and a manifest, which is checked when it is loaded.
+"""
 
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import safetensors.torch
@@ -13,7 +17,9 @@ import torch
 from torch import Tensor
 
 from nb_utils import files, models
+from nb_utils.text import visible
 
+WEIGHTS, CARD = "model.safetensors", "card.json"
 HISTORY, STATE = "history", "state"
 
 
@@ -42,7 +48,7 @@ class Course:
 
 
 @contextmanager
-def checkpointed(name: str, settings: Mapping):
+def checkpointed(name: str, settings: Mapping) -> Iterator[Path]:
     """Yield the path of the checkpoint of a training with these settings, which goes when all went well.
 
     Only one process at a time has it. Raises TrainingError where a device fails, its memory being full or itself gone.
@@ -97,3 +103,51 @@ def _put_back(stored: dict[str, Tensor], course: Course) -> tuple[int, list[dict
         course.states(weight).update({key: value.to(weight.device) for key, value in found.items()})
     done, history = json.loads(bytes(stored[HISTORY].tolist()))
     return done, history
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Where models of a sort are kept: what one is called, what makes it, what its card says, what is raised."""
+
+    sort: str
+    command: str
+    spec: type
+    error: type[ValueError]
+
+    def keep(self, folder: Path, spec: object, history: Sequence[dict], net: torch.nn.Module) -> Path:
+        """Write weights (half precision), card and manifest of a model; return its folder."""
+        weights = {name: tensor.detach().half().cpu().contiguous() for name, tensor in net.state_dict().items()}
+        card = {"spec": asdict(spec), "history": list(history)}
+        files.write(folder / WEIGHTS, safetensors.torch.save(weights))
+        files.write(folder / CARD, json.dumps(card, indent=0).encode())
+        files.describe(folder, [CARD, WEIGHTS])
+        return folder
+
+    def load(self, folder: Path, name: str, fresh: Callable) -> tuple[object, torch.nn.Module, tuple[dict, ...], str]:
+        """Return what a folder holds: the spec, the model where models go (`models.placement`), history and hash.
+
+        ``name``: what its spec must be called. ``fresh`` makes an untrained model of a spec. Raises the shelf's error,
+        in one sentence, if there is none, its files are damaged, or it is of another sort.
+        """
+        shown, remedy = visible(str(folder)), f"take it from git again, or delete the folder and run `{self.command}`"
+        try:
+            if files.check(folder) is None:
+                raise self.error(f"There is no {self.sort} {shown}: `{self.command}` trains it.")
+            card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+            spec, history = self.spec(**card["spec"]), tuple(card["history"])
+            weights = safetensors.torch.load_file(folder / WEIGHTS)
+        except files.FileError as error:
+            raise self.error(f"{error}: {remedy}.") from error
+        except self.error:
+            raise
+        except (OSError, ValueError, LookupError, TypeError, safetensors.SafetensorError) as error:
+            raise self.error(f"{shown} holds no {self.sort}: {remedy}.") from error
+        if spec.name != name:
+            raise self.error(f"{shown} holds the model {visible(spec.name)}, which is another: {remedy}.")
+        net = fresh(spec)
+        try:
+            net.load_state_dict({key: tensor.float() for key, tensor in weights.items()})
+        except RuntimeError as error:
+            raise self.error(f"{shown} has weights of another model: {remedy}.") from error
+        net = net.eval().requires_grad_(False).to(models.placement())
+        return spec, net, history, files.sha256(folder / WEIGHTS)

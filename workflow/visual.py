@@ -6,15 +6,13 @@ only the example does. `workflow.see` trains the model, `book/experiments/23_vis
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-import safetensors.torch
 import torch
 from jaxtyping import Float, Int
 from matplotlib.ft2font import FT2Font
@@ -22,11 +20,11 @@ from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import max_pool2d, relu
 
-from nb_utils import files, models, saes
+from nb_utils import files, saes
 from nb_utils.text import visible
+from workflow import training
 
 SHIPPED = Path(__file__).resolve().parents[1] / "visual"
-WEIGHTS, CARD = "model.safetensors", "card.json"
 SIDE, PATCH = 16, 4  # pixels of a picture and of a patch, a token each
 PLACES = (SIDE // PATCH) ** 2  # patches of a picture
 SHOWN = 12  # grids a task that a stage of training is measured on
@@ -580,40 +578,22 @@ def pair(sae: saes.Sae) -> saes.Sae:
 # Files
 
 
+SHELF = training.Shelf("visual model", "make visual", Spec, VisualError)
+
+
 def save(model: Visual, root: str | Path = SHIPPED) -> Path:
-    """Write weights (half precision), card and manifest of a model below a folder; return its own folder."""
-    folder = Path(root) / model.spec.name
-    weights = {name: tensor.detach().half().cpu().contiguous() for name, tensor in model.net.state_dict().items()}
-    card = {"spec": asdict(model.spec), "history": list(model.history)}
-    files.write(folder / WEIGHTS, safetensors.torch.save(weights))
-    files.write(folder / CARD, json.dumps(card, indent=0).encode())
-    files.describe(folder, [CARD, WEIGHTS])
-    return folder
+    """Keep a model below a folder; return its own folder."""
+    return SHELF.keep(Path(root) / model.spec.name, model.spec, model.history, model.net)
 
 
 def load(name: str = "grids", root: str | Path = SHIPPED) -> Visual:
-    """Load a visual model to where models go (`models.placement`).
+    """Load a visual model to where models go; raises VisualError, in one sentence, if it cannot be had."""
+    return Visual(*SHELF.load(Path(root) / name, name, lambda spec: fresh(spec).net))
 
-    Raises VisualError, in one sentence, if there is none, its files are damaged, or it is of another sort.
-    """
-    folder = Path(root) / name
-    shown, remedy = visible(str(folder)), "take it from git again, or delete the folder and run `make visual`"
-    try:
-        if files.check(folder) is None:
-            raise VisualError(f"There is no visual model {shown}: `make visual` trains it.")
-        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-        spec, history = Spec(**card["spec"]), tuple(card["history"])
-        weights = safetensors.torch.load_file(folder / WEIGHTS)
-    except files.FileError as error:
-        raise VisualError(f"{error}: {remedy}.") from error
-    except VisualError:
-        raise
-    except (OSError, ValueError, LookupError, TypeError, safetensors.SafetensorError) as error:
-        raise VisualError(f"{shown} holds no visual model: {remedy}.") from error
-    model = fresh(spec)
-    try:
-        model.net.load_state_dict({key: tensor.float() for key, tensor in weights.items()})
-    except RuntimeError as error:
-        raise VisualError(f"{shown} has weights of another model: {remedy}.") from error
-    net = model.net.eval().requires_grad_(False).to(models.placement())
-    return Visual(spec, net, history, files.sha256(folder / WEIGHTS))
+
+def sha256(root: str | Path, name: str = "grids") -> str:
+    """Hash the weights of a visual model; raises VisualError if it is not there."""
+    path = Path(root) / name / training.WEIGHTS
+    if not path.is_file():
+        raise VisualError(f"There is no visual model {visible(str(path.parent))}: `make visual` trains it.")
+    return files.sha256(path)
