@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = sorted((ROOT / "book/experiments").glob("*.ipynb"))
 FINDINGS = sorted((ROOT / "book/findings").glob("*.ipynb"))
 SNAKEFILE = (ROOT / "workflow/Snakefile").read_text()
-OWN = {"23_visual_task_vectors": "rotate", "24_grown_vectors": "offset"}  # experiments that bring their models, and a task of theirs
+# Experiments that bring their models, and a task of theirs.
+OWN = {"23_visual_task_vectors": "rotate", "24_grown_vectors": "offset"}
 COMMON = ("task", "model", "sae_set", "layers", "tables_dir")
 # A tiny run of every experiment, in the sizes of the sample that `make same` runs.
 SAMPLE = yaml.safe_load(same.SETTINGS.read_text())
@@ -311,7 +312,8 @@ def test_visual_vectors_are_held_against_masks_alone_and_the_page_has_its_pictur
     for mask in ("reward", "shared", "foreign"):
         assert under[mask].to_dict() == {"own": 0, "none": 0, "wrong": rivals}
     assert under["mask_alone"].to_dict() == {"none": 0}
-    assert {"example", "none", "gradient", "greedy", "causal", "random", "all", "learned_vector"} <= set(table["method"])
+    others = {"example", "none", "gradient", "greedy", "causal", "random", "all", "learned_vector"}
+    assert others <= set(table["method"])
     assert set(table[table["method"].eq("residual")]["layer"]) == {0, 1, 2}
     assert table.groupby("method")["losses"].apply(lambda one: {len(losses) for losses in one}).eq({4}).all()
     assert sites.groupby(["method", "seed"]).size().eq(10).all()  # of 3 blocks of 2 heads; 2 of the last at the query

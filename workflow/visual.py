@@ -434,7 +434,10 @@ def measured(model: Visual, n: int, seed: int = 0) -> Iterator[dict]:
 
 
 def seen(model: Visual, query: Tensor, example: Tensor | None = None, **more: At) -> Float[Tensor, "n 3 side side"]:
-    """Paint answers where the model is."""
+    """Paint answers where the model is; raises VisualError for pictures of another size."""
+    if query.shape[-3:] != (3, SIDE, SIDE):
+        size = " by ".join(map(str, query.shape[-3:]))
+        raise VisualError(f"Pictures are 3 by {SIDE} by {SIDE} (colours, rows, columns), not {size}: scale them first.")
     device = model.device
     return model.net(query.to(device), None if example is None else example.to(device), **more)
 
