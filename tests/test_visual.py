@@ -279,6 +279,7 @@ def test_a_training_that_stopped_goes_on_from_its_checkpoint_and_gives_the_same_
     assert first == second and set(first) == {training.WEIGHTS, training.CARD, files.MANIFEST}
     see.see(Spec(**SMALL), tmp_path / "stopped")
     assert len(calls) == 7  # one that is there stays
+    assert "After 6 steps of 8 grids" in (tmp_path / "stopped/README.md").read_text()
 
 
 def test_a_saved_model_is_the_trained_one_but_for_rounding(shelf):

@@ -12,12 +12,21 @@ from pathlib import Path
 
 import torch
 
-from nb_utils import models
+from nb_utils import files, models
 from workflow import training, visual
 from workflow.visual import Spec, Visual, VisualError
 
 WARM, FALL = 100, 0.4  # steps in which the rate rises, and the last part of training in which it falls
 DECAY = 0.01  # of weights
+ABOUT = """# Visual model
+
+A small transformer that `make visual` trains from scratch to do to a picture what an example shows; finding 23 of the
+book looks into it. `grids` holds its weights in half precision, a card (how it was trained, and what was measured on
+the way) and a manifest, which is checked when it is loaded. It is ours, under CC BY 4.0.
+
+After {steps:,} steps of {batch} grids, on figures that it was not trained on: {right:.0%} of answers are nearest to the
+right operation with the right example, {none:.0%} without one; {wrong:.0%} follow an example of another operation.
+"""
 ALONE = 8  # one grid of so many is seen without example, too
 
 
@@ -30,7 +39,14 @@ def see(spec: Spec, root: str | Path = visual.SHIPPED, checkpoint_seconds: float
     with training.checkpointed(f"visual/{spec.name}", asdict(spec)) as checkpoint:
         if not _is_there(spec, root):
             visual.save(learn(spec, checkpoint, checkpoint_seconds), root)
+    describe(visual.load(spec.name, root), root)
     return Path(root) / spec.name
+
+
+def describe(model: Visual, root: str | Path) -> None:
+    """Write what the folder of a model says of it."""
+    end = {row["shown"]: row["nearest"] for row in model.history if row["step"] == model.spec.steps}  # wrong: followed
+    files.write(Path(root) / "README.md", ABOUT.format(**asdict(model.spec), **end).encode())
 
 
 def _is_there(spec: Spec, root: str | Path) -> bool:
