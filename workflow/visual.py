@@ -281,10 +281,10 @@ class Spec:
     d_model: int = 128
     heads: int = 4
     batch: int = 64
-    steps: int = 12_000
+    steps: int = 6_000
     rate: float = 2e-3
     alone: float = 0.1
-    stages: int = 24  # moments of training that are measured
+    stages: int = 12  # moments of training that are measured
 
     def __post_init__(self):
         if self.d_model % self.heads:
