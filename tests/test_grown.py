@@ -13,7 +13,7 @@ from book.ledger import neighbours
 from book.ledger.claims import NUMBERS, Book, ClaimError
 from nb_utils import cleaning, files
 from nb_utils.record import tables
-from workflow import grow, grown, stale
+from workflow import grow, grown, stale, training
 from workflow.grown import SEPARATOR, SIZE, GrownError, Spec
 
 SMALL = {"d_model": 16, "d_mlp": 32, "heads": 2, "batch": 8, "steps": 6, "stages": 2}
@@ -218,16 +218,16 @@ def test_a_training_that_stopped_goes_on_from_its_checkpoint_and_gives_the_same_
     assert calls == [0, 1, 2, 3, 4, 4, 5]  # only the step that was not finished is done again
     folders = (tmp_path / name / spec.name for name in ("whole", "stopped"))
     first, second = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
-    assert first == second and set(first) == {grown.WEIGHTS, grown.CARD, files.MANIFEST}
+    assert first == second and set(first) == {training.WEIGHTS, training.CARD, files.MANIFEST}
     assert not list((tmp_path / "cache/training").glob("*.checkpoint"))
 
 
 def test_a_model_that_is_there_stays_and_one_grown_otherwise_is_replaced(tmp_path, monkeypatch):
     spec = Spec("offset", **SMALL)
     (folder,) = {grow.grow(spec, tmp_path) for _ in range(2)}
-    before = (folder / grown.WEIGHTS).stat().st_mtime_ns
+    before = (folder / training.WEIGHTS).stat().st_mtime_ns
     grow.grow(spec, tmp_path)
-    assert (folder / grown.WEIGHTS).stat().st_mtime_ns == before
+    assert (folder / training.WEIGHTS).stat().st_mtime_ns == before
     grow.grow(replace(spec, steps=7), tmp_path)
     assert grown.load("offset", "grown", 0, tmp_path).spec.steps == 7
 
@@ -258,7 +258,7 @@ def test_a_saved_model_is_the_trained_one_but_for_rounding(shelf):
 def spoil(folder, what):
     """Damage a copy of a model, or put another one in its place."""
     if what == "weights":
-        path = folder / "offset/grown.0" / grown.WEIGHTS
+        path = folder / "offset/grown.0" / training.WEIGHTS
         path.write_bytes(path.read_bytes()[:-1] + b"x")
     elif what == "manifest":
         (folder / "offset/grown.0" / files.MANIFEST).write_text("[")
@@ -268,10 +268,10 @@ def spoil(folder, what):
     elif what == "gone":
         shutil.rmtree(folder / "offset")
     else:  # a manifest that agrees with a card that does not agree with the weights
-        card = json.loads((folder / "offset/grown.0" / grown.CARD).read_text())
+        card = json.loads((folder / "offset/grown.0" / training.CARD).read_text())
         card["spec"] |= what
-        (folder / "offset/grown.0" / grown.CARD).write_text(json.dumps(card))
-        files.describe(folder / "offset/grown.0", [grown.CARD, grown.WEIGHTS])
+        (folder / "offset/grown.0" / training.CARD).write_text(json.dumps(card))
+        files.describe(folder / "offset/grown.0", [training.CARD, training.WEIGHTS])
 
 
 @pytest.mark.parametrize(
@@ -382,6 +382,6 @@ def test_other_weights_make_tables_stale(shelf, tmp_path):
     shutil.copytree(shelf / "linear/grown.0", tmp_path / "grown/linear/plain.0")
     origin = {"parameters": parameters, "model_sha256": grown.sha256("linear", 1, tmp_path / "grown")}
     assert list(stale._weights(origin)) == []
-    path = tmp_path / "grown/linear/plain.0" / grown.WEIGHTS
+    path = tmp_path / "grown/linear/plain.0" / training.WEIGHTS
     path.write_bytes(path.read_bytes() + b" ")
     assert list(stale._weights(origin)) == ["other weights of the model"]

@@ -13,13 +13,14 @@ import pytest
 import yaml
 
 from nb_utils.record import tables
-from workflow import grow, grown, runs, same, stale
+from workflow import grow, grown, runs, same, see, stale, visual
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = sorted((ROOT / "book/experiments").glob("*.ipynb"))
 FINDINGS = sorted((ROOT / "book/findings").glob("*.ipynb"))
 SNAKEFILE = (ROOT / "workflow/Snakefile").read_text()
-OWN = {"24_grown_vectors": "offset"}  # experiments that bring their models, and a task of theirs
+# Experiments that bring their models, and a task of theirs.
+OWN = {"23_visual_task_vectors": "rotate", "24_grown_vectors": "offset"}
 COMMON = ("task", "model", "sae_set", "layers", "tables_dir")
 # A tiny run of every experiment, in the sizes of the sample that `make same` runs.
 SAMPLE = yaml.safe_load(same.SETTINGS.read_text())
@@ -172,13 +173,14 @@ def test_settings_of_the_workflow_ask_of_an_experiment_only_what_those_before_it
 
 @pytest.fixture(scope="module")
 def small_models(tmp_path_factory):
-    """Models that experiments bring, of one family and hardly trained."""
+    """Models that experiments bring, small and hardly trained."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NB_CACHE", str(tmp_path_factory.mktemp("cache")))
         folder = tmp_path_factory.mktemp("grown")
         sizes = {"d_model": 16, "d_mlp": 16, "heads": 2, "batch": 4, "steps": 2, "stages": 1}
         grow.grow_all(grown.planned(SIZES["seeds"], ("offset",), **sizes), folder)
-    return {"grown_dir": str(folder)}
+        see.see(visual.Spec(blocks=3, d_model=16, heads=2, batch=4, steps=2, stages=1), folder)
+    return {"grown_dir": str(folder), "visual_dir": str(folder)}
 
 
 def runner(folder, small_models, sizes=(), **asked):
@@ -309,6 +311,27 @@ def test_grown_models_are_looked_at_everywhere_and_over_their_training(tables_of
     sizes = cleaned.groupby("method")["k"].apply(lambda one: sorted(set(one.dropna())))
     assert all(sizes[method] == [2, 4, 10] for method in ("largest_codes", "prune_contrast", "prune_random"))
     assert cleaned[cleaned["method"].eq("mean")]["cosine"].round(4).eq(1).all()
+
+
+def test_visual_vectors_are_held_against_masks_alone_and_the_page_has_its_pictures(tables_of):
+    folder = tables_of("23_visual_task_vectors")
+    table, sites, latents, pictures, timeline = (
+        pd.read_parquet(folder / f"23_visual_task_vectors{part}/grids/rotate.parquet")
+        for part in ("", "_sites", "_latents", "_pictures", "_timeline")
+    )
+    under = table[table["on"].eq("test") & table["values"].notna()].groupby(["method", "values"])["of_task"].nunique()
+    rivals = len(visual.rivals("rotate"))
+    for mask in ("reward", "shared", "foreign"):
+        assert under[mask].to_dict() == {"own": 0, "none": 0, "wrong": rivals}
+    assert under["mask_alone"].to_dict() == {"none": 0}
+    others = {"example", "none", "gradient", "greedy", "causal", "random", "all", "learned_vector"}
+    assert others <= set(table["method"])
+    assert set(table[table["method"].eq("residual")]["layer"]) == {0, 1, 2}
+    assert table.groupby("method")["losses"].apply(lambda one: {len(losses) for losses in one}).eq({4}).all()
+    assert sites.groupby(["method", "seed"]).size().eq(10).all()  # of 3 blocks of 2 heads; 2 of the last at the query
+    assert set(latents["tokens"]) <= set(visual.GROUPS) and set(latents["k"]) == {10, 4, 2}
+    assert pictures["pixels"].map(len).eq(3 * visual.SIDE**2).all() and pictures["what"].nunique() == 12
+    assert set(timeline["step"]) == {2}
 
 
 def test_cleanup_tries_rates_and_crosses_data_and_start_where_it_has_every_seed(tables_of):

@@ -7,10 +7,8 @@ card and what was measured at every stage of its training.
 """
 
 import argparse
-import hashlib
 import json
 import os
-import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -18,17 +16,15 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-import safetensors.torch
 import torch
 
 from nb_utils import files, models
-from workflow import grown
+from workflow import grown, training
 from workflow.grown import Grown, GrownError, Spec
 
 WARM, FALL = 100, 0.3  # steps in which the rate rises, and the last part of training in which it falls
 DECAY = 0.01  # AdamW's
 ON_A_GPU = 8  # models at a time there: each alone leaves it idle
-HISTORY = "history"
 ABOUT = """# Grown models
 
 Small transformers that `make grow` trains from scratch on families of generated tasks, with and without a loss that
@@ -50,21 +46,9 @@ def grow(spec: Spec, root: str | Path = grown.SHIPPED, checkpoint_seconds: float
     One that is there already, grown as asked for, is left alone. Raises GrownError if what it starts from is missing.
     """
     torch.set_num_threads(1)  # the products are small, and the order of their sums must not vary
-    settings = json.dumps(asdict(spec), sort_keys=True)
-    key = hashlib.sha256(settings.encode()).hexdigest()[:12]
-    checkpoint = models.cache_dir() / "training" / f"grown.{spec.name.replace('/', '.')}.{key}.checkpoint"
-    with files.alone(checkpoint.with_suffix(".training")):  # a second process waits, and finds it done or goes on
+    with training.checkpointed(f"grown/{spec.name}", asdict(spec)) as checkpoint:
         if not _is_there(spec, root):
-            try:
-                grown.save(learn(spec, root, checkpoint, checkpoint_seconds), root)
-            except RuntimeError as error:  # the device is gone, or its memory is full
-                if (device := models.placement()) == "cpu":
-                    raise
-                raise GrownError(
-                    f"{device} failed ({str(error).splitlines()[0][:160]}): call again to go on from the last "
-                    "checkpoint, with NB_DEVICE=cpu if it stays away."
-                ) from error
-            checkpoint.unlink(missing_ok=True)
+            grown.save(learn(spec, root, checkpoint, checkpoint_seconds), root)
     return Path(root) / spec.name
 
 
@@ -77,26 +61,17 @@ def _is_there(spec: Spec, root: str | Path) -> bool:
 
 def learn(spec: Spec, root: str | Path, checkpoint: Path, checkpoint_seconds: float) -> Grown:
     """Return the trained model; the checkpoint is written every so often."""
-    model, device = grown.fresh(spec), torch.device(models.placement())
+    model = grown.fresh(spec)
     if spec.start:
         model.hf.load_state_dict(grown.load(spec.family, spec.start, spec.seed, root).hf.state_dict())
-    model.hf.to(device)
-    named = dict(model.hf.named_parameters())
-    optimizer = torch.optim.AdamW(named.values(), lr=spec.rate, weight_decay=DECAY, fused=True)
-    done, history = 0, []
-    if stored := files.unsealed(checkpoint):
-        done, history = _put_back(safetensors.torch.load(stored), named, optimizer)
-        print(f"{spec.name}: continuing after step {done}", flush=True)
-    saved = time.time()
-    for step in range(done, spec.steps):
-        loss = _step(model, optimizer, step)
-        if (step + 1) * spec.stages // spec.steps > step * spec.stages // spec.steps:
-            history += [{"step": step + 1, **row} for row in measured(model)]
-            print(f"{spec.name}: {step + 1}/{spec.steps}, losses {' and '.join(f'{x:.2f}' for x in loss)}", flush=True)
-        if time.time() - saved > checkpoint_seconds:
-            files.seal(checkpoint, safetensors.torch.save(_state(step + 1, history, named, optimizer)))
-            saved = time.time()
-    return Grown(spec, model.hf, tuple(history))
+    model.hf.to(models.placement())
+    optimizer = torch.optim.AdamW(model.hf.parameters(), lr=spec.rate, weight_decay=DECAY, fused=True)
+    course = training.Course(
+        spec.name, dict(model.hf.named_parameters()), [optimizer], spec.steps, spec.stages,
+        lambda step: f"losses {' and '.join(f'{x:.2f}' for x in _step(model, optimizer, step))}",
+        lambda: measured(model),
+    )  # fmt: skip
+    return Grown(spec, model.hf, tuple(training.train(course, checkpoint, checkpoint_seconds)))
 
 
 def _step(model: Grown, optimizer: torch.optim.Optimizer, step: int) -> tuple[float, float]:
@@ -119,25 +94,6 @@ def measured(model: Grown) -> list[dict]:
     return [row | {name: round(row[name], 4) for name in ("loss", "accuracy")} for row in rows]
 
 
-def _state(done, history, named, optimizer) -> dict[str, torch.Tensor]:
-    said = torch.frombuffer(bytearray(json.dumps([done, history]).encode()), dtype=torch.uint8)
-    found = {HISTORY: said} | {name: weight.detach().cpu() for name, weight in named.items()}
-    for name, weight in named.items():
-        found |= {f"adam.{name}.{key}": value.cpu() for key, value in optimizer.state[weight].items()}
-    return found
-
-
-@torch.no_grad()
-def _put_back(state, named, optimizer) -> tuple[int, list[dict]]:
-    for name, weight in named.items():
-        weight.copy_(state[name])
-        optimizer.state[weight] = {
-            key: state[f"adam.{name}.{key}"].to(weight.device) for key in ("step", "exp_avg", "exp_avg_sq")
-        }
-    done, history = json.loads(bytes(state[HISTORY].tolist()))
-    return done, history
-
-
 def grow_all(wanted: Sequence[Spec], root: str | Path = grown.SHIPPED, jobs: int = 1, **more: object) -> None:
     """Grow models, so many at a time, and describe them; those that start from another one come after the rest."""
     job = partial(grow, root=root, **more)
@@ -153,7 +109,7 @@ def grow_all(wanted: Sequence[Spec], root: str | Path = grown.SHIPPED, jobs: int
 def describe(root: str | Path) -> None:
     """Write the card of all models in a folder: what they are, and what each does at the end of its training."""
     lines = []
-    for path in sorted(Path(root).glob(f"*/*/{grown.CARD}")):
+    for path in sorted(Path(root).glob(f"*/*/{training.CARD}")):
         card = json.loads(path.read_text(encoding="utf-8"))
         spec, end = card["spec"], [row for row in card["history"] if row["step"] == card["spec"]["steps"]]
         end = [row for row in end if row["on"] == "train"]

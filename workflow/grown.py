@@ -11,25 +11,22 @@ The model is a Llama, whose positions count from token to token: a vector is not
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
-from nb_utils import files, models, saes
+from nb_utils import files, saes
 from nb_utils.text import visible
-from workflow import train_saes
+from workflow import train_saes, training
 
 SHIPPED = Path(__file__).resolve().parents[1] / "grown"
-WEIGHTS, CARD = "model.safetensors", "card.json"
 FAMILIES = ("offset", "table", "linear")
 SIZE = 24  # symbols, of which the last token, `SEPARATOR`, is none
 SEPARATOR = SIZE
@@ -182,7 +179,7 @@ def sha256(name: str, seeds: int, root: str | Path = SHIPPED) -> str:
     digest = hashlib.sha256()
     for spec in planned(seeds):
         if spec.family == name:
-            path = Path(root) / spec.name / WEIGHTS
+            path = Path(root) / spec.name / training.WEIGHTS
             if not path.is_file():
                 raise GrownError(f"There is no grown model {visible(str(path.parent))}: `make grow` trains it.")
             digest.update(files.sha256(path).encode())
@@ -405,42 +402,15 @@ def dictionary(
 # Files
 
 
+SHELF = training.Shelf("grown model", "make grow", Spec, GrownError)
+
+
 def save(model: Grown, root: str | Path = SHIPPED) -> Path:
-    """Write weights (half precision), card and manifest of a model below a folder; return its own folder."""
-    folder = Path(root) / model.spec.name
-    weights = {name: tensor.detach().half().cpu().contiguous() for name, tensor in model.hf.state_dict().items()}
-    card = {"spec": asdict(model.spec), "history": list(model.history)}
-    files.write(folder / WEIGHTS, safetensors.torch.save(weights))
-    files.write(folder / CARD, json.dumps(card, indent=0).encode())
-    files.describe(folder, [CARD, WEIGHTS])
-    return folder
+    """Keep a model below a folder; return its own folder."""
+    return SHELF.keep(Path(root) / model.spec.name, model.spec, model.history, model.hf)
 
 
 def load(name: str, variant: str, seed: int, root: str | Path = SHIPPED) -> Grown:
-    """Load a grown model to where models go (`models.placement`).
-
-    Raises GrownError, in one sentence, if there is none, its files are damaged, or it is of another family.
-    """
-    folder = Path(root) / f"{name}/{variant}.{seed}"
-    shown, remedy = visible(str(folder)), "take it from git again, or delete the folder and run `make grow`"
-    try:
-        if files.check(folder) is None:
-            raise GrownError(f"There is no grown model {shown}: `make grow` trains it.")
-        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-        spec, history = Spec(**card["spec"]), tuple(card["history"])
-        weights = safetensors.torch.load_file(folder / WEIGHTS)
-    except files.FileError as error:
-        raise GrownError(f"{error}: {remedy}.") from error
-    except GrownError:
-        raise
-    except (OSError, ValueError, LookupError, TypeError, safetensors.SafetensorError) as error:
-        raise GrownError(f"{shown} holds no grown model: {remedy}.") from error
-    if spec.name != f"{name}/{variant}.{seed}":
-        raise GrownError(f"{shown} holds the model {visible(spec.name)}, which is another: {remedy}.")
-    model = fresh(spec)
-    try:
-        model.hf.load_state_dict({key: tensor.float() for key, tensor in weights.items()})
-    except RuntimeError as error:
-        raise GrownError(f"{shown} has weights of another model: {remedy}.") from error
-    hf = model.hf.eval().requires_grad_(False).to(models.placement())
-    return replace(model, hf=hf, history=history, sha256=files.sha256(folder / WEIGHTS))
+    """Load a grown model to where models go; raises GrownError, in one sentence, if it cannot be had."""
+    name = f"{name}/{variant}.{seed}"
+    return Grown(*SHELF.load(Path(root) / name, name, lambda spec: fresh(spec).hf))

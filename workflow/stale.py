@@ -132,7 +132,8 @@ def _weights(origin: Mapping) -> Iterator[str]:
     """Compare the hashes of the model and of the shipped SAEs with those of the files that are here."""
     model = _model_of(origin)
     own = model in tables.OWN_MODELS.values()
-    today = _model(model) if not own else _grown(origin["parameters"]) if model == "grown" else None
+    brought = {"grown": _grown, "grids": _visual}
+    today = brought.get(model, lambda parameters: None)(origin["parameters"]) if own else _model(model)
     if today and origin.get("model_sha256") != today:
         yield "other weights of the model"
     if not _shipped(origin):
@@ -191,6 +192,16 @@ def _grown(parameters: Mapping) -> str | None:
     try:
         return grown.sha256(parameters["task"], parameters["seeds"], ROOT / parameters["grown_dir"])
     except grown.GrownError:
+        return None
+
+
+def _visual(parameters: Mapping) -> str | None:
+    """Return the hash of the visual model; None if it is not on this machine."""
+    from workflow import visual  # it imports torch
+
+    try:
+        return visual.sha256(ROOT / parameters["visual_dir"])
+    except visual.VisualError:
         return None
 
 

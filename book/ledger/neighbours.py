@@ -686,3 +686,119 @@ def recurring(book: Book, kind: str, way: str) -> pd.Series:
     if not shares:
         raise ClaimError(f"Experiment 26 has no two searches for {kind} by {way}.")
     return pd.Series(shares).rename_axis("task")
+# 23 Visual task vectors: errors are mean squares of pixels, and a share is of what an example takes off them
+
+VISUAL = "23_visual_task_vectors"
+VISUAL_FEW = 20  # latents, of which a pair of vectors is said to consist
+
+
+def seen(book: Book, method: str, on: str = "test", **equal: object) -> pd.DataFrame:
+    """Return rows of experiment 23; a residual vector stands at the block where it validates best."""
+    found = rows(book.read(VISUAL), method=method, on=on, **equal)
+    if found.empty:
+        raise ClaimError(f"Experiment 23 has no such {method}.")
+    if method.startswith("residual"):
+        found = found.loc[found.groupby("task")["validation_loss"].idxmin()]
+    return found
+
+
+def by_visual_task(found: pd.DataFrame, column: str = "mse") -> pd.Series:
+    return found.groupby("task", sort=False)[column].mean()
+
+
+def regained(book: Book, method: str, on: str = "test", **equal: object) -> pd.Series:
+    """Return the share of what an example takes off the error that a method takes off without one, by task."""
+    none, best = (by_visual_task(seen(book, name, on)) for name in ("none", "example"))
+    return (none - by_visual_task(seen(book, method, on, **equal))) / (none - best)
+
+
+def regains_more(book: Book, first: dict, second: dict) -> Comparison:
+    """Compare what two methods regain, each as `regained` is asked for it."""
+    return over_tasks(regained(book, **first) - regained(book, **second))
+
+
+@number
+def example_is_used(book: Book) -> Comparison:
+    right, wrong = (by_visual_task(seen(book, name), "nearest") for name in ("example", "example_wrong"))
+    return over_tasks(right - wrong)
+
+
+@number
+def wrong_example_is_followed(book: Book) -> Comparison:
+    return over_tasks(by_visual_task(seen(book, "example_wrong", "follows"), "nearest"))
+
+
+@number
+def visual_heads_replace_the_example(book: Book) -> Comparison:
+    return over_tasks(regained(book, "reward", values="own"))
+
+
+@number
+def visual_heads_beat_the_example(book: Book) -> Comparison:
+    return over_tasks(regained(book, "reward", values="own") - 1)
+
+
+@number
+def visual_reward_beats_causes(book: Book) -> Comparison:
+    return regains_more(book, {"method": "reward", "values": "own"}, {"method": "causal"})
+
+
+@number
+def visual_reward_beats_greed(book: Book) -> Comparison:
+    return regains_more(book, {"method": "reward", "values": "own"}, {"method": "greedy"})
+
+
+@number
+def visual_reward_beats_chance(book: Book) -> Comparison:
+    return regains_more(book, {"method": "reward", "values": "own"}, {"method": "random"})
+
+
+@number
+def visual_mask_alone_does_it(book: Book) -> Comparison:
+    return over_tasks(regained(book, "mask_alone", values="none"))
+
+
+@number
+def visual_found_mask_needs_the_vector(book: Book) -> Comparison:
+    return regains_more(book, {"method": "reward", "values": "own"}, {"method": "reward", "values": "none"})
+
+
+@number
+def visual_shared_mask_does_it(book: Book) -> Comparison:
+    return over_tasks(regained(book, "shared", values="own"))
+
+
+@number
+def visual_foreign_mask_does_it(book: Book) -> Comparison:
+    return over_tasks(regained(book, "foreign", values="own"))
+
+
+@number
+def visual_vector_decides(book: Book) -> Comparison:
+    return regains_more(book, {"method": "shared", "values": "own"}, {"method": "shared", "values": "wrong"})
+
+
+@number
+def visual_wrong_vector_is_followed(book: Book) -> Comparison:
+    return over_tasks(by_visual_task(seen(book, "shared", "follows"), "nearest"))
+
+
+@number
+def visual_residual_is_not_enough(book: Book) -> Comparison:
+    return over_tasks(regained(book, "residual"))
+
+
+@number
+def visual_few_latents_do_it(book: Book) -> Comparison:
+    return over_tasks(regained(book, "prune_contrast", k=VISUAL_FEW))
+
+
+@number
+def visual_strangers_do_less(book: Book) -> Comparison:
+    few = {"k": VISUAL_FEW}
+    return regains_more(book, {"method": "prune_contrast", **few}, {"method": "prune_random", **few})
+
+
+@number
+def visual_choice_transfers(book: Book) -> Comparison:
+    return over_tasks(regained(book, "reward", "elsewhere", values="own"))

@@ -29,7 +29,7 @@ FOLDER = "results/tables"
 MODEL = "gemma-3-270m"
 NAMED = (MODEL, "smollm2-135m-instruct", "tiny", "random")  # models and SAEs that are taken before a folder so called
 OWN_MODELS = {  # experiments that bring their model, whatever model is asked for
-    "13_ground_truth": "planted", "24_grown_vectors": "grown",
+    "13_ground_truth": "planted", "23_visual_task_vectors": "grids", "24_grown_vectors": "grown",
 }  # fmt: skip
 PACKAGES = ("numpy", "sae-lens", "torch", "transformer-lens", "transformers")
 # What the provenance of a table holds.

@@ -499,6 +499,27 @@ def head_map(frame: pd.DataFrame, value: str = "effect", ax: Axes | None = None,
     return ax
 
 
+def picture_grid(frame: pd.DataFrame, side: int, rows: str = "grid", title: str = "") -> Figure:
+    """Show pictures in rows, with a column for each ``what``: ``pixels`` are red, green and blue bytes, row by row."""
+    names, lines = list(dict.fromkeys(frame["what"])), list(dict.fromkeys(frame[rows]))
+    figure, axes = plt.subplots(
+        len(lines), len(names), figsize=(0.82 * len(names), 0.86 * len(lines) + 0.5), squeeze=False)
+    for (line, name), pixels in frame.set_index([rows, "what"])["pixels"].items():
+        ax = axes[lines.index(line), names.index(name)]
+        ax.imshow(np.asarray(pixels, np.uint8).reshape(side, side, 3), interpolation="nearest")
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+        ax.grid(visible=False)
+    for ax, name in zip(axes[0], names, strict=True):
+        ax.set_title(name.replace(" ", "\n", 1), fontsize=7.5, fontweight="normal", loc="center")
+    for ax, line in zip(axes[:, 0], lines, strict=True):
+        if isinstance(line, str):
+            ax.set_ylabel(line.replace("_", " "), rotation=0, ha="right", va="center", fontsize=8)
+    figure.suptitle(title, fontsize=10.5, fontweight="bold", x=0.01, ha="left")
+    return figure
+
+
 def steering_heatmaps(raw: pd.DataFrame, gain: pd.DataFrame, in_raw: pd.DataFrame, in_clean: pd.DataFrame) -> Figure:
     """Draw features x tasks twice, one above the other: relative loss change, clipped at 1, and normalised gain.
 
