@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from book.ledger import claims
+from book.ledger import claims, neighbours
 from book.ledger.claims import Book, ClaimError
 from nb_utils import engine, models, prompts, scores, tasks
 from nb_utils.record import tables
@@ -207,8 +207,6 @@ def test_claims_on_instruct_vectors_are_decided_by_these_rows(book, number, expe
 
 
 def test_a_way_that_was_not_measured_decides_nothing(book):
-    from book.ledger import neighbours
-
     with pytest.raises(ClaimError, match="no such contrast"):
         neighbours.talked(book, "contrast")
     with pytest.raises(ClaimError, match="no replies of random"):
