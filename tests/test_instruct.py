@@ -185,7 +185,8 @@ def book(monkeypatch):
         ("instruct_vectors_answer", -1.1),
         ("instruct_vectors_beat_examples", -0.5),
         ("instruct_vectors_beat_a_line", -0.9),
-        ("instruct_vectors_end_the_turn", 0.4),  # the text's end with vectors, the line's as well with examples
+        ("instruct_vectors_end_the_turn", 0.8),
+        ("instruct_end_beats_the_lines", 0.4),  # with examples, a line's end counts, too
         ("instruct_vectors_stay_relevant", 0.5),
         ("instruct_one_block_answers", 0.6 / 1.1),  # block 8, which validates best, not 9, which tests best
         ("instruct_one_block_ends", -0.2),

@@ -606,6 +606,11 @@ def instruct_vectors_beat_a_line(book: Book) -> Comparison:
 
 @number
 def instruct_vectors_end_the_turn(book: Book) -> Comparison:
+    return over_tasks(talked(book, "vectors", "p_end", blocks="all") - talked(book, "few_shot", "p_end"))
+
+
+@number
+def instruct_end_beats_the_lines(book: Book) -> Comparison:
     return over_tasks(talked(book, "vectors", "p_end", blocks="all") - talked(book, "few_shot", "p_stop"))
 
 
