@@ -244,14 +244,13 @@ def exchanges(name_or_path: str | Path = "assistant") -> Exchanges:
         )
     task = _read(path)
     task = task if path.resolve().parent == EXCHANGES else _identified(task, path)
-    _, rows = _rows(str(path), _json(str(path), path.read_text(encoding="utf-8-sig")))
+    rows = _entries(path)
     topics: dict[str, list[Pair]] = {}
     pair_of = {pair.x: pair for pair in task.pairs}
     for number, row in enumerate(rows, start=1):
         entry = f"{path}, entry {number}"
         question, _ = row if isinstance(row, tuple) else _row(entry, row)
-        topic = dict(row.entries).get("topic") if isinstance(row, _Entries) else None
-        topic = _text(topic, f"{entry} (input {_what(question)}): the topic")
+        topic = _text(_topic(row), f"{entry} (input {_what(question)}): the topic")
         if (pair := pair_of.pop(str(question).strip(), None)) is not None:  # an entry that repeats one is merged
             topics.setdefault(topic, []).append(pair)
     itself = [[pair] for pair in topics.pop(ITSELF, [])]
@@ -264,6 +263,27 @@ def exchanges(name_or_path: str | Path = "assistant") -> Exchanges:
         raise TaskError(f"{path} has {size} of topic {_what(topic)} and needs {MIN_BUCKET} of each topic.")
     own = sorted(itself, key=lambda group: _digest(group[0].x))
     return Exchanges(task, _cut(ranked), _cut(own), {pair: topic for topic in topics for pair in topics[topic]})
+
+
+def has_topics(name_or_path: str | Path) -> bool:
+    """Say whether a file of the user's own is one of `exchanges`: whether a row of it has a topic.
+
+    Raises TaskError as `load` does.
+    """
+    if not _is_path(str(name_or_path)):
+        return False
+    _read(Path(name_or_path))
+    return any(_topic(row) is not None for row in _entries(Path(name_or_path)))
+
+
+def _topic(row: object) -> object:
+    return dict(row.entries).get("topic") if isinstance(row, _Entries) else None
+
+
+def _entries(path: Path) -> list:
+    """Return the rows of a file that `_read` has read, as they stand there."""
+    where, text, mark = str(path), path.read_text(encoding="utf-8-sig"), DELIMITERS.get(path.suffix.casefold())
+    return _rows(where, _table(where, text, *mark) if mark else _json(where, text))[1]
 
 
 def exchanges_file(name_or_path: str | Path) -> Path:
