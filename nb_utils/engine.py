@@ -10,7 +10,7 @@ What comes in may lie anywhere. Losses come out where their vectors lie; all els
 
 import os
 from collections import UserDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -630,6 +630,61 @@ def _read_states(model: Model, prompts, batch: int) -> Float[Tensor, "n_labels d
         states = model.layout.core(ids, use_cache=False).last_hidden_state
         found += [row[len(p.ids) - len(p.answer) - 1 : len(p.ids) - 1] for row, p in zip(states, part, strict=True)]
     return _single(torch.cat(found))
+
+
+def answer_loss(model: Model, prompts, vocabulary: Vocabulary) -> Float[Tensor, " n"]:
+    """Return each prompt's mean NLL (nats a token) over its answer, from one plain pass over all of them.
+
+    Differentiable in what steers the model while it lasts. ``vocabulary`` restricts the softmax to tokens that hold
+    every answer's: for optimisation only. Raises ValueError for a prompt that is too long for the model.
+    """
+    logits = model.layout.logits(_read_states(model, prompts, len(prompts)), vocabulary.weight, vocabulary.bias)
+    labels = vocabulary.index[[token for prompt in prompts for token in prompt.answer]]
+    nll = logits.logsumexp(-1) - logits.gather(-1, labels[:, None])[:, 0]
+    return torch.stack([part.mean() for part in nll.split([len(prompt.answer) for prompt in prompts])])
+
+
+@torch.no_grad()
+def likeliest(model: Model, prompts, labels: Iterable[int], keep: int = 16384) -> Vocabulary:
+    """Keep the tokens that are likeliest on average wherever an answer token of the prompts is predicted, and labels.
+
+    The sibling of `vocabulary` for whole texts, in plain passes.
+    """
+    weight, bias = model.layout.unembedding()
+    mean = sum(token_log_probs(model, [prompt]).exp().mean(0) for prompt in prompts)
+    mean[list(labels)] = torch.inf
+    ids = mean.topk(min(keep, len(mean))).indices.sort().values.to(weight.device)
+    index = torch.full((len(mean),), -1, device=weight.device)
+    index[ids] = torch.arange(len(ids), device=weight.device)
+    return Vocabulary(weight[ids].contiguous(), index, None if bias is None else bias[ids])
+
+
+@torch.no_grad()
+def replies(
+    model: Model, prompts, vectors: Float[Tensor, "n_layers d_model"], n_tokens: int
+) -> list[tuple[int, ...]]:
+    """Decode greedily from every prompt's last separator, all side by side, with one vector added after each block.
+
+    Added to all tokens but the first of a text, read or written, as `steered` adds them; a block whose vector is zero
+    is left alone. Returns at most ``n_tokens`` tokens a prompt; one that ends holds the end of text as its last.
+    """
+    heads = [prompt.ids[: prompt.separators[-1] + 1] for prompt in prompts]
+    end, width = model.tokenizer.eos_token_id, max(map(len, heads))
+    ids = torch.tensor([[end] * (width - len(head)) + list(head) for head in heads], device=model.device)
+    mask = torch.tensor([[0] * (width - len(head)) + [1] * len(head) for head in heads], device=model.device)
+    steered_at = (mask.cumsum(1) > 1)[..., None]  # neither padding, which stands on the left, nor the first token
+    with ExitStack() as hooks:
+        for layer, vector in enumerate(vectors.to(model.device)):
+
+            def see(stream, vector=vector):
+                return stream + vector.to(stream) * (steered_at if stream.shape[1] == width else 1)
+
+            if vector.any():
+                hooks.enter_context(model.layout.hooked(layer, see))
+        said = model.hf.generate(
+            ids, attention_mask=mask, max_new_tokens=n_tokens, do_sample=False, eos_token_id=end, pad_token_id=end)
+    whole = [row[width:].tolist() for row in said]
+    return [tuple(row[: row.index(end) + 1] if end in row else row) for row in whole]
 
 
 @contextmanager

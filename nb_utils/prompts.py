@@ -160,6 +160,19 @@ def shuffled(pairs, rng: random.Random) -> tuple[Pair, ...]:
     return tuple(Pair(pair.x, answers[i].y, answers[i].answers) for i, pair in enumerate(pairs))
 
 
+# A chat in words: a base model knows no tokens for turns.
+TRANSCRIPT = Template("\nAssistant:", before="User: ")
+
+
+def ended(tokenizer, prompts) -> list[Prompt]:
+    """Return prompts whose answers end with the tokenizer's end of text, the last of their tokens."""
+    end = (tokenizer.eos_token_id,)
+    return [
+        Prompt(p.ids + end, p.separators, p.outputs, p.answer + end, tuple(answer + end for answer in p.accepted))
+        for p in prompts
+    ]
+
+
 @dataclass(frozen=True)
 class Case:
     """What one vector of Hendel et al. (2023) is made of and tried on: all drawn for one query.

@@ -71,6 +71,17 @@ def prepare(
     )
 
 
+def prepare_exchanges(task: str, model: str, sae_set: str, layers: str | int, half: bool = False) -> Loaded:
+    """Load exchanges, a model and SAEs as `prepare` loads a task's; the splits are those of topics.
+
+    Raises what `tasks.exchanges`, `models.load` and `saes.load` raise.
+    """
+    talk, lm = tasks.exchanges(task), models.load(model)
+    wanted = list(saes.layers(lm, sae_set)) if layers == "all" else [int(part) for part in str(layers).split(",")]
+    dictionaries = {layer: saes.load(lm, sae_set, layer) for layer in wanted}
+    return Loaded(talk.task, talk.splits, lm, lm.fast() if half else lm, wanted, wanted, dictionaries)
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A vector to score, and how it was made; ``k`` atoms asked for, ``l0`` atoms used (None: dense).

@@ -6,6 +6,7 @@ import csv
 import difflib
 import hashlib
 import io
+import itertools
 import json
 import math
 import re
@@ -32,6 +33,12 @@ MIN_BUCKET = 3
 MAX_TITLE = 120  # characters
 # vector: task vectors are averaged over it; train: cleaning; validation: choices; test: reported numbers.
 SIZES = {"vector": 0.35, "train": 0.20, "validation": 0.15, "test": 0.30}
+
+# Exchanges, questions and answers by topic, and how these are cut: what is shown, trained on, chosen by, reported.
+EXCHANGES = DATA / "exchanges"
+TOPIC_SIZES = {"vector": 0.15, "train": 0.45, "validation": 0.15, "test": 0.25}
+MIN_TOPICS = 8  # then no bucket of theirs is empty
+ITSELF = "itself"  # the topic of questions about who answers
 
 
 class TaskError(ValueError):
@@ -90,6 +97,20 @@ class Splits:
     train: tuple[Pair, ...]
     validation: tuple[Pair, ...]
     test: tuple[Pair, ...]
+
+
+@dataclass(frozen=True)
+class Exchanges:
+    """Questions with answers, all of them as a `task`; ``splits`` cuts them by topic: no topic is in two buckets.
+
+    ``itself``: the questions about who answers, which are no topic of the others; cut question by question. All
+    buckets are empty where there are none. ``topics``: that of every other pair.
+    """
+
+    task: Task
+    splits: Splits
+    itself: Splits
+    topics: dict[Pair, str]
 
 
 def names(kind: str = "word") -> list[str]:
@@ -206,6 +227,76 @@ def split(task: Task, sizes: dict[str, float] = SIZES) -> Splits:
                 "(pairs that reverse each other stay together)."
             )
     return Splits(*(tuple(bucket) for bucket in buckets))
+
+
+def exchanges(name_or_path: str | Path = "assistant") -> Exchanges:
+    """Read questions and answers by topic: a shipped set by its name, or a file of the user's own by its path.
+
+    The file is one of `load` whose rows have a "topic" beside the question and the answer. Raises TaskError, naming
+    the file and the entry, as `load` does, and where there is no topic or too few of them.
+    """
+    path = exchanges_file(name_or_path)
+    if not path.is_file() and not _is_path(str(name_or_path)):
+        shipped = ", ".join(sorted(path.stem for path in EXCHANGES.glob("*.json")))
+        raise TaskError(
+            f"There are no exchanges {str(name_or_path)!r}. Shipped are: {shipped}; a file of your own is given by its "
+            "path, ending in .json."
+        )
+    task = _read(path)
+    task = task if path.resolve().parent == EXCHANGES else _identified(task, path)
+    rows = _entries(path)
+    topics: dict[str, list[Pair]] = {}
+    pair_of = {pair.x: pair for pair in task.pairs}
+    for number, row in enumerate(rows, start=1):
+        entry = f"{path}, entry {number}"
+        question, _ = row if isinstance(row, tuple) else _row(entry, row)
+        topic = _text(_topic(row), f"{entry} (input {_what(question)}): the topic")
+        if (pair := pair_of.pop(str(question).strip(), None)) is not None:  # an entry that repeats one is merged
+            topics.setdefault(topic, []).append(pair)
+    itself = [[pair] for pair in topics.pop(ITSELF, [])]
+    ranked = [topics[topic] for topic in sorted(topics, key=_digest)]
+    if len(ranked) < MIN_TOPICS or 0 < len(itself) < MIN_TOPICS:
+        few, what = (ranked, "topics") if len(ranked) < MIN_TOPICS else (itself, f"questions of topic {ITSELF!r}")
+        raise TaskError(f"{path} has {len(few)} {what} and needs {MIN_TOPICS}, so that each part has some of its own.")
+    if (size := min(map(len, ranked))) < MIN_BUCKET:
+        topic = next(topic for topic in topics if len(topics[topic]) == size)
+        raise TaskError(f"{path} has {size} of topic {_what(topic)} and needs {MIN_BUCKET} of each topic.")
+    own = sorted(itself, key=lambda group: _digest(group[0].x))
+    return Exchanges(task, _cut(ranked), _cut(own), {pair: topic for topic in topics for pair in topics[topic]})
+
+
+def has_topics(name_or_path: str | Path) -> bool:
+    """Say whether a file of the user's own is one of `exchanges`: whether a row of it has a topic.
+
+    Raises TaskError as `load` does.
+    """
+    if not _is_path(str(name_or_path)):
+        return False
+    _read(Path(name_or_path))
+    return any(_topic(row) is not None for row in _entries(Path(name_or_path)))
+
+
+def _topic(row: object) -> object:
+    return dict(row.entries).get("topic") if isinstance(row, _Entries) else None
+
+
+def _entries(path: Path) -> list:
+    """Return the rows of a file that `_read` has read, as they stand there."""
+    where, text, mark = str(path), path.read_text(encoding="utf-8-sig"), DELIMITERS.get(path.suffix.casefold())
+    return _rows(where, _table(where, text, *mark) if mark else _json(where, text))[1]
+
+
+def exchanges_file(name_or_path: str | Path) -> Path:
+    """Return the file that exchanges given by name or path are read from, whether it is there or not."""
+    text = str(name_or_path)
+    return Path(text) if _is_path(text) else EXCHANGES / f"{text}.json"
+
+
+def _cut(groups: list[list[Pair]]) -> Splits:
+    """Cut groups of pairs, in their order, at the fractions `TOPIC_SIZES`."""
+    ends = [round(end * len(groups)) for end in itertools.accumulate(TOPIC_SIZES.values())]
+    parts = [groups[start:end] for start, end in itertools.pairwise([0, *ends])]
+    return Splits(*(tuple(itertools.chain(*part)) for part in parts))
 
 
 def _reversal_groups(pairs: tuple[Pair, ...]) -> list[list[Pair]]:

@@ -21,6 +21,7 @@ FINDINGS = sorted((ROOT / "book/findings").glob("*.ipynb"))
 SNAKEFILE = (ROOT / "workflow/Snakefile").read_text()
 # Experiments that bring their models, and a task of theirs.
 OWN = {"23_visual_task_vectors": "rotate", "24_grown_vectors": "offset"}
+ASSIGNED = {"25_instruct_vectors": "assistant"}  # those that run on no pairs of a word task
 COMMON = ("task", "model", "sae_set", "layers", "tables_dir")
 # A tiny run of every experiment, in the sizes of the sample that `make same` runs.
 SAMPLE = yaml.safe_load(same.SETTINGS.read_text())
@@ -127,7 +128,7 @@ def test_parameters_come_first_and_are_flat_scalars(path):
 def test_an_experiment_loads_as_all_do(path):
     """What every experiment loads stands once, in `scores.prepare`."""
     code = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "code")
-    assert len(re.findall(r"scores\.prepare\(task, model, (?:sae_set|None), (?:sae_)?layers", code)) == 1
+    assert len(re.findall(r"scores\.prepare(?:_exchanges)?\(task, model, (?:sae_set|None), (?:sae_)?layers", code)) == 1
     assert not re.search(r"models\.load|tasks\.split\(word|saes\.layers|scores\.repeated|\.fast\(\)", code)
 
 
@@ -196,6 +197,7 @@ def runner(folder, small_models, sizes=(), **asked):
             small = {key: value for key, value in given.items() if key in known}
             tiny = {"task": OWN[stem]} if stem in OWN else TINY
             parameters = tiny | small | asked.get(stem, {}) | {"tables_dir": str(folder)}
+            parameters |= {"task": ASSIGNED[stem]} if stem in ASSIGNED else {}
             runs.execute(path, parameters, folder / f"{stem}.ipynb", folder / f"{stem}.log")
             done.add(stem)
         return folder
@@ -236,9 +238,10 @@ def workflow_needs():
 
 @of_text
 def test_an_experiment_runs_on_the_tiny_model_and_saves_its_table(path, tables_of):
-    table = pd.read_parquet(tables_of(path.stem) / path.stem / "tiny/antonyms.parquet")
+    task = ASSIGNED.get(path.stem, "antonyms")
+    table = pd.read_parquet(tables_of(path.stem) / path.stem / f"tiny/{task}.parquet")
     assert set(table["layer"]) - {-1} == {2, 3}
-    assert set(table["task"]) == {"antonyms"}
+    assert set(table["task"]) == {task}
     if "repeat_layers" in runs.known_parameters(path):
         assert table[table["layer"] >= 0].groupby("layer")["seed"].nunique().to_dict() == {2: 1, 3: SIZES["seeds"]}
 
@@ -252,7 +255,8 @@ def single_tables_of(tmp_path_factory, small_models, forked_kernels):
 def test_an_experiment_runs_with_one_layer_and_one_value_in_every_list(path, single_tables_of):
     listed = {name for name, value in runs.known_parameters(path).items() if "," in str(value)}
     assert listed <= {*SINGLE, *TWICE.get(path.stem, {}), "fixed_scale"}, "a new list: give it one value here"
-    table = pd.read_parquet(single_tables_of(path.stem) / path.stem / "tiny/en_es.parquet")
+    task = ASSIGNED.get(path.stem, "en_es")
+    table = pd.read_parquet(single_tables_of(path.stem) / path.stem / f"tiny/{task}.parquet")
     whole = table[table["method"].ne("head")]  # of a map of heads, effects alone are told
     assert set(table["layer"]) - {-1} == {3} and len(whole) and whole["loss"].notna().all()
 
@@ -287,7 +291,8 @@ def test_a_table_says_all_that_it_depends_on(path, tables_of):
         text = {"text/neutral.json"} if "prompts.passages" in path.read_text() else set()
         text |= {f"{rival}.json" for rival in origin["parameters"].get("rivals", [])}
         saes = set() if "scores.prepare(task, model, None" in path.read_text() else {"2", "3"}
-        assert set(origin["data_sha256"]) == {"antonyms.json"} | text and set(origin["sae_sha256"]) == saes
+        of = f"exchanges of {ASSIGNED[path.stem]}.json" if path.stem in ASSIGNED else "antonyms.json"
+        assert set(origin["data_sha256"]) == {of} | text and set(origin["sae_sha256"]) == saes
     read = {text for text in re.findall(r'"(\d\d_[a-z_]+)"', path.read_text().replace('\\"', '"'))}
     assert set(origin["inputs"]) == {stem for stem in read if not stem.startswith(path.stem)}
 

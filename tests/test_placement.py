@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_notebooks import OWN, SIZES, TINY
+from test_notebooks import ASSIGNED, OWN, SIZES, TINY
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -239,7 +239,8 @@ def agree(stems, device, kind, tmp_path, monkeypatch):
     for path in (path for path in EXPERIMENTS if path.stem in stems):
         for place, name in (("there", device), ("here", "cpu")):
             monkeypatch.setenv("NB_DEVICE", name)
-            ran = run_cells(path, {**given, "tables_dir": str(tmp_path / place)})
+            task = {"task": ASSIGNED[path.stem]} if path.stem in ASSIGNED else {}
+            ran = run_cells(path, {**given, **task, "tables_dir": str(tmp_path / place)})
             assert ran["lm"].device.type == (kind if place == "there" else "cpu")
     made = sorted((tmp_path / "here").rglob("*.parquet"))
     assert {path.parts[-3] for path in made} >= set(stems)

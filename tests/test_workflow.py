@@ -145,6 +145,18 @@ def test_an_experiment_with_tasks_of_its_own_runs_on_these_and_leaves_the_others
     assert f"Nothing was run. {stem} runs on {', '.join(names)}: let TASKS name some of these." in said
 
 
+def test_exchanges_of_a_user_go_to_the_experiment_of_exchanges_alone(project):
+    stem, mine = "25_instruct_vectors", project / "mine.json"
+    rows = [{"topic": f"t{i % 8}", "question": f"What is {i}?", "answer": f"It is {i}."} for i in range(24)]
+    mine.write_text(json.dumps(rows))
+    code, said, _ = make(project, "experiments=1,25", tasks=f"assistant,{mine}")
+    assert code == 0 and re.findall(r"(\d\d_\w+) · .+: running", said) == [stem, stem]
+    mine.write_text(json.dumps([*rows[:-1], rows[-1] | {"answer": " "}]))
+    code, said, started = make(project, "experiments=25", tasks=mine)
+    assert code != 0 and not started and "Traceback" not in said
+    assert 'entry 24 (input "What is 23?"): the answer must be a non-empty string' in said
+
+
 def test_an_experiment_that_brings_its_models_runs_whatever_model_is_asked_for(project):
     stem, task = "24_grown_vectors", "offset"
     asked = {"tasks": f"{task},table"}

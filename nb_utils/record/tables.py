@@ -89,7 +89,7 @@ def versions() -> dict[str, str]:
 
 
 def data_sha256(parameters: Mapping[str, object]) -> dict[str, str]:
-    """Hash the files of the tasks that the parameters ``task`` or ``tasks`` name, words and sentences alike.
+    """Hash the files of the tasks that the parameters ``task`` or ``tasks`` name, words, sentences, exchanges alike.
 
     And those of the list ``rivals``, and that of the parameter ``text``, below ``data``, if there are such.
     """
@@ -99,6 +99,7 @@ def data_sha256(parameters: Mapping[str, object]) -> dict[str, str]:
              for task in named for kind, path in tasks.files(str(task)).items()}  # fmt: skip
     if "text" in parameters:
         found[str(parameters["text"])] = tasks.DATA / str(parameters["text"])
+    found |= {f"exchanges of {task}.json": tasks.EXCHANGES / f"{task}.json" for task in named}
     found = {name: path for name, path in found.items() if path.is_file()}
     return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in sorted(found.items())}
 
