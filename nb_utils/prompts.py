@@ -28,6 +28,32 @@ TEMPLATES = {
     "arrow": ARROW, "colon": Template(":"), "equals": Template(" ="), "question": Template("\nA:", before="Q: "),
     "instruction": Template(opening="Complete the list.\n"),
 }  # fmt: skip
+# The same pairs in plain sentences, without an arrow.
+SENTENCES = {
+    "means": Template('" means', before='The word "'),
+    "usually": Template('", it usually means', before='When I think of the word "'),
+    "other_words": Template(", in other words:"),
+}  # fmt: skip
+# What one would write who has no example: the task as an order.
+ORDERS = {
+    "algo_first": "Repeat the first of the words.", "algo_second": "Repeat the second of the words.",
+    "algo_last": "Repeat the last of the words.", "antonyms": "Give the opposite of the word.",
+    "country_capital": "Name the capital of the country.", "element_symbol": "Give the symbol of the chemical element.",
+    "location_continent": "Name the continent of the country.", "location_country": "Name the country of the city.",
+    "location_language": "Name the main language of the country.",
+    "location_religion": "Name the main religion of the country.",
+    "person_language": "Name the native language of the person.",
+    "person_nationality": "Give the nationality of the person.",
+    "person_profession": "Name the profession of the person.",
+    "de_en": "Translate the German word into English.", "es_en": "Translate the Spanish word into English.",
+    "fr_en": "Translate the French word into English.", "it_en": "Translate the Italian word into English.",
+    "en_de": "Translate the English word into German.", "en_es": "Translate the English word into Spanish.",
+    "en_fr": "Translate the English word into French.", "en_it": "Translate the English word into Italian.",
+    "plural_singular": "Give the singular of the word.", "singular_plural": "Give the plural of the word.",
+    "present_simple_gerund": "Give the -ing form of the verb.",
+    "present_simple_past_perfect": "Give the past participle of the verb.",
+    "present_simple_past_simple": "Give the past tense of the verb.",
+}  # fmt: skip
 DUMMY = Pair("X", "Y", ("Y",))  # the shot that says nothing of the task, on whose "Y" detectors are tested (the post)
 
 
@@ -151,6 +177,20 @@ def plain(tokenizer, texts) -> list[Prompt]:
     """
     read = [tuple(_read(tokenizer, text)[0]) for text in texts]
     return [Prompt(ids, (), (), ids[1:], (ids[1:],)) for ids in read]
+
+
+def led(tokenizer, prompt: Prompt, text: str) -> Prompt:
+    """Return a prompt behind some ``text``, to be read as one.
+
+    Raises TaskError as `encode` does.
+    """
+    lead = _read(tokenizer, text)[0] if text else opening(tokenizer)
+    begins = len(opening(tokenizer))  # of the prompt, which now stands in the middle
+    moved = len(lead) - begins
+    return Prompt(
+        (*lead, *prompt.ids[begins:]), tuple(i + moved for i in prompt.separators),
+        tuple(i + moved for i in prompt.outputs), prompt.answer, prompt.accepted,
+    )  # fmt: skip
 
 
 def shuffled(pairs, rng: random.Random) -> tuple[Pair, ...]:
