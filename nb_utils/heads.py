@@ -4,16 +4,17 @@ A head's output ``z`` is its slice of what the output projection of attention re
 *contribution*: W_O z, multiplied by the gain of the norm after attention and divided by the length of what that norm
 reads, in models that have one (Gemma 2 and 3, OLMo 2); elsewhere W_O z itself (Todd et al. 2024).
 
-Heads are patched at the steered position of a `Site`, in all blocks at once, many patches at a time.
+Heads are patched at the steered position of a `Site`, in all blocks at once, many patches at a time. Which of them, or
+of any other items, is learned from a reward (`by_reward`, and `by_gradient` where it has a gradient).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -215,3 +216,89 @@ def after(site: engine.Site, patch: Patch, layer: int) -> Float[Tensor, "n batch
     everyone = torch.arange(len(site.prompts))
     parts = [streams(site, patch.of(part, everyone), layer + 1)[:, :, 0].cpu() for part in site.parts(len(patch))]
     return torch.cat(parts)
+
+
+# What items are chosen by: masks -> the reward of each on each prompt, in one unit; NaN where it was not tried.
+Reward = Callable[[Float[Tensor, "masks items"]], Float[Tensor, "masks prompts"]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which items a search keeps, be they heads, latents or what else can be left out.
+
+    ``path`` [steps + 1, items]: each item's probability before every step and after the last. ``history`` [steps]:
+    mean reward in that step, the price of items not taken off.
+    """
+
+    path: Float[Tensor, "states items"]
+    history: Float[Tensor, " steps"]
+
+    @property
+    def probabilities(self) -> Float[Tensor, " items"]:
+        return self.path[-1]
+
+    @property
+    def kept(self) -> Bool[Tensor, " items"]:
+        """The likeliest mask, which takes no draw; those of earlier steps are in ``path`` > 0.5 likewise."""
+        return self.probabilities > 0.5
+
+
+def by_reward(
+    reward: Reward, n_items: int, *, steps: int, masks: int, rate: float, price: float = 0.0, start: float = 0.0,
+    seed: int = 0,
+) -> Choice:
+    """Learn which items to keep from rewards alone: REINFORCE over one independent coin an item.
+
+    Every step draws ``masks`` of zeros and ones and takes one step of Adam at ``rate`` up the mean reward less
+    ``price`` for each item kept, in the reward's unit. ``start``: every coin's log-odds. A mask's reward on a prompt
+    counts by how far it lies above what the step's other masks have there, so that a hard prompt is no blame: Hojel et
+    al. 2024 take one baseline for all. Masks are on the CPU, rewards may lie anywhere; ``reward`` may leave a mask out
+    on a prompt (NaN). Raises ValueError for fewer than two masks.
+    """
+    if masks < 2:
+        raise ValueError("A mask is judged beside others: draw at least two in a step.")
+    draw = torch.Generator().manual_seed(seed)
+
+    def climb(logits):
+        odds = logits.detach().sigmoid()
+        drawn = (torch.rand(masks, n_items, generator=draw) < odds).float()
+        with torch.no_grad():
+            found = reward(drawn).cpu().double()
+        tried = ~found.isnan()
+        beside = tried.sum(0).sub(1).clamp_min(1)  # how many others were tried on the prompt
+        above = (found - found.nanmean(0)) * (beside + 1) / beside  # the mean of the others, not of all
+        score = above.nan_to_num().sum(1).float() @ (drawn - odds) / tried.sum()
+        logits.grad = price * odds * (1 - odds) - score
+        return found.nanmean().item()
+
+    return _climbed(climb, n_items, steps, rate, start)
+
+
+def by_gradient(
+    reward: Reward, n_items: int, *, steps: int, rate: float, price: float = 0.0, start: float = 0.0
+) -> Choice:
+    """Learn which items to keep where a share of an item makes sense: `by_reward`'s sibling for a smooth reward.
+
+    Each item is kept by a share, the sigmoid of its log-odds, and ``reward`` is asked for one mask of these, through
+    which it is differentiable.
+    """
+
+    def climb(logits):
+        share = logits.sigmoid()
+        found = reward(share[None]).mean()
+        logits.grad = torch.autograd.grad(price * share.sum() - found.cpu(), logits)[0]
+        return found.item()
+
+    return _climbed(climb, n_items, steps, rate, start)
+
+
+def _climbed(climb: Callable[[Tensor], float], n_items: int, steps: int, rate: float, start: float) -> Choice:
+    """Take steps of Adam on log-odds whose gradient ``climb`` sets; it returns the step's mean reward."""
+    logits = torch.full((n_items,), float(start), requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=rate)
+    path, history = [logits.detach().sigmoid()], []
+    for _ in range(steps):
+        history.append(climb(logits))
+        optimizer.step()
+        path.append(logits.detach().sigmoid())
+    return Choice(torch.stack(path), torch.tensor(history))

@@ -500,6 +500,35 @@ def test_a_vector_of_every_token_stands_where_it_validates_best_of_what_it_may_c
         claims.NUMBERS["twenty_features_shift"](Book())
 
 
+def test_sets_of_heads_and_latents_are_taken_at_their_numbers_and_with_the_activations_asked_for(monkeypatch):
+    losses = {("heads_reward", -1, "own", "own"): 1.0, ("heads_reward", -1, "own", "wrong"): 9.0,
+              ("heads_effect", -1, "own", "own"): 1.5, ("heads_effect", -1, "equal", "own"): 2.0,
+              ("heads_foreign", -1, "own", "own"): 2.5, ("heads_foreign", -1, "own", "wrong"): 7.0,
+              ("latents_reward", 9, "own", "own"): 8.0, ("latents_reward", 10, "own", "own"): 3.0,
+              ("latents_effect", 10, "equal", "own"): 2.0, ("zero_shot", -1, "none", "none"): 6.0,
+              ("few_shot", -1, "none", "none"): 1.2}  # fmt: skip
+    lines = [dict(task=task, method=method, layer=layer, which=which, says=says, seed=0, on="test", k=3, loss=loss,
+                  losses=[loss, loss]) for (method, layer, which, says), loss in losses.items()
+             for task in ("one", "two")]  # fmt: skip
+    sets = {("one", 0): (1, 2, 3), ("one", 1): (2, 3, 4), ("one", 2): (2, 3), ("two", 0): (5,), ("two", 1): (6,)}
+    kept = [dict(task=task, kind="heads", way="reward", layer=layer, item=0, seed=seed, kept=layer in some)
+            for (task, seed), some in sets.items() for layer in range(8)]  # fmt: skip
+    found = {"26_heads_by_reward": pd.DataFrame(lines), "26_heads_by_reward_items": pd.DataFrame(kept)}
+    monkeypatch.setattr(Book, "table", lambda self, stem: found[stem])
+    number = {name: round(claims.NUMBERS[name](Book()).mean, 9) for name in (
+        "rewarded_heads_reach_few_shot", "reward_beats_effect", "reward_beats_effect_at_its_best", "wrong_heads_harm",
+        "unseen_set_does_it", "activations_decide", "reward_beats_effect_on_latents", "rewarded_heads_recur",
+    )}  # fmt: skip
+    assert number == {
+        "rewarded_heads_reach_few_shot": -0.2, "reward_beats_effect": -1.0, "reward_beats_effect_at_its_best": -0.5,
+        "wrong_heads_harm": 3.0, "unseen_set_does_it": round(3.5 / 4.8, 9), "activations_decide": -4.5,
+        "reward_beats_effect_on_latents": 1.0,  # of the last block
+        "rewarded_heads_recur": round((2 / 4 + 2 / 3 + 2 / 3) / 3 / 2, 9),  # of all pairs of seeds; none in "two"
+    }  # fmt: skip
+    with pytest.raises(ClaimError, match="no such heads_gradient"):
+        claims.NUMBERS["gradient_finds_heads_too"](Book())
+
+
 def side_by_side():
     """Return rows of experiment 29: on the third task pruning, which is best on the first two, fails."""
     made = {  # (method, k, budget, features, passes back, tokens): losses of the tasks

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import pandas as pd
 
@@ -584,6 +586,105 @@ def nothing_is_pruned_from_nothing(book: Book) -> Comparison:
 @number
 def nothing_is_learned_where_nothing_is(book: Book) -> Comparison:
     return over_tasks(_beyond_chance(_grown(book, "plain", method="learned_vector", on="test")))
+
+
+# 26 Heads by reward: sets of heads (layer -1) and of latents of a block, and whose activations heads say
+
+
+@number
+def rewarded_heads_reach_few_shot(book: Book) -> Comparison:
+    return compare(kept_by(book, "heads_reward"), unset(book, "few_shot"))
+
+
+@number
+def reward_beats_effect(book: Book) -> Comparison:
+    return compare(kept_by(book, "heads_reward"), kept_by(book, "heads_effect", "equal"))
+
+
+@number
+def reward_beats_swapped(book: Book) -> Comparison:
+    return compare(kept_by(book, "heads_reward"), kept_by(book, "heads_swapped", "equal"))
+
+
+@number
+def reward_beats_effect_at_its_best(book: Book) -> Comparison:
+    return compare(kept_by(book, "heads_reward"), kept_by(book, "heads_effect"))
+
+
+@number
+def gradient_finds_heads_too(book: Book) -> Comparison:
+    return compare(kept_by(book, "heads_gradient"), kept_by(book, "heads_reward"))
+
+
+@number
+def rewarded_heads_recur(book: Book) -> Comparison:
+    return over_tasks(recurring(book, "heads", "reward"))
+
+
+@number
+def places_do_something(book: Book) -> Comparison:
+    return compare(kept_by(book, "heads_mask_only", says="others"), unset(book, "zero_shot"))
+
+
+@number
+def heads_need_their_task(book: Book) -> Comparison:
+    return compare(kept_by(book, "heads_gradient"), kept_by(book, "heads_mask_only", says="others"))
+
+
+@number
+def wrong_heads_harm(book: Book) -> Comparison:
+    return compare(kept_by(book, "heads_reward", says="wrong"), unset(book, "zero_shot"))
+
+
+@number
+def unseen_set_does_it(book: Book) -> Comparison:
+    plain = rows(book.table("26_heads_by_reward"), which="none")
+    return over_tasks(statistics.recovered(kept_by(book, "heads_foreign"), plain))
+
+
+@number
+def activations_decide(book: Book) -> Comparison:
+    return compare(kept_by(book, "heads_foreign"), kept_by(book, "heads_foreign", says="wrong"))
+
+
+@number
+def reward_beats_effect_on_latents(book: Book) -> Comparison:
+    return compare(kept_by(book, "latents_reward"), kept_by(book, "latents_effect", "equal"))
+
+
+@number
+def rewarded_latents_are_no_worse(book: Book) -> Comparison:
+    k = book.setting("26_heads_by_reward", "sizes")[0]
+    return compare(*(rows(kept_by(book, name, "tuned"), k=k) for name in ("latents_reward", "prune_contrast")))
+
+
+def kept_by(book: Book, method: str, which: str = "own", says: str = "own") -> pd.DataFrame:
+    """Return rows of experiment 26, of latents those after the last block.
+
+    ``which``: a way's "own" number of items, the "equal" one that reward keeps, a number as text, or "tuned" weights.
+    ``says``: whose activations, the task's "own", those of "others" or of a "wrong" one.
+    """
+    found = rows(book.last("26_heads_by_reward"), method=method, which=which, says=says)
+    if found.empty:
+        raise ClaimError(f"Experiment 26 has no such {method}.")
+    return found
+
+
+def unset(book: Book, method: str) -> pd.DataFrame:
+    """Return rows of prompts of experiment 26 in which nothing is set: "zero_shot" or "few_shot"."""
+    return rows(book.table("26_heads_by_reward"), method=method, which="none")
+
+
+def recurring(book: Book, kind: str, way: str) -> pd.Series:
+    """Return the share of items that two searches both keep, of those that either keeps; pairs of seeds averaged."""
+    found, shares = rows(book.table("26_heads_by_reward_items"), kind=kind, way=way, kept=True), {}
+    for task, part in found.groupby("task"):
+        sets = [set(zip(one["layer"], one["item"], strict=True)) for _, one in part.groupby("seed")]
+        if pairs := list(combinations(sets, 2)):
+            shares[task] = np.mean([len(a & b) / len(a | b) for a, b in pairs])
+    if not shares:
+        raise ClaimError(f"Experiment 26 has no two searches for {kind} by {way}.")
+    return pd.Series(shares).rename_axis("task")
 
 
 # 29 Which vector: every way after its own block, as who has few pairs makes it and as who has a hundred does
