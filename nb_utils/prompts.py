@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from nb_utils.tasks import DATA, Pair, TaskError
+from nb_utils.tasks import DATA, Pair, Task, TaskError
 
 
 @dataclass(frozen=True)
@@ -34,27 +34,35 @@ SENTENCES = {
     "usually": Template('", it usually means', before='When I think of the word "'),
     "other_words": Template(", in other words:"),
 }  # fmt: skip
-# What one would write who has no example: the task as an order.
-ORDERS = {
-    "algo_first": "Repeat the first of the words.", "algo_second": "Repeat the second of the words.",
-    "algo_last": "Repeat the last of the words.", "antonyms": "Give the opposite of the word.",
-    "country_capital": "Name the capital of the country.", "element_symbol": "Give the symbol of the chemical element.",
-    "location_continent": "Name the continent of the country.", "location_country": "Name the country of the city.",
-    "location_language": "Name the main language of the country.",
-    "location_religion": "Name the main religion of the country.",
-    "person_language": "Name the native language of the person.",
+DUMMY = Pair("X", "Y", ("Y",))  # the shot that says nothing of the task, on whose "Y" detectors are tested (the post)
+
+
+# What the shipped tasks ask for, in words: what one would write in place of examples.
+LANGUAGES = {"de": "German", "en": "English", "es": "Spanish", "fr": "French", "it": "Italian"}
+INSTRUCTIONS = {
+    "algo_first": "Give the first word of the list.", "algo_second": "Give the second word of the list.",
+    "algo_last": "Give the last word of the list.", "antonyms": "Give the opposite of the word.",
+    "country_capital": "Give the capital of the country.", "element_symbol": "Give the symbol of the chemical element.",
+    "location_continent": "Give the continent that the country is on.",
+    "location_country": "Give the country that the city is in.",
+    "location_language": "Give the language that is spoken in the country.",
+    "location_religion": "Give the main religion of the country.",
+    "person_language": "Give the native language of the person.",
     "person_nationality": "Give the nationality of the person.",
-    "person_profession": "Name the profession of the person.",
-    "de_en": "Translate the German word into English.", "es_en": "Translate the Spanish word into English.",
-    "fr_en": "Translate the French word into English.", "it_en": "Translate the Italian word into English.",
-    "en_de": "Translate the English word into German.", "en_es": "Translate the English word into Spanish.",
-    "en_fr": "Translate the English word into French.", "en_it": "Translate the English word into Italian.",
-    "plural_singular": "Give the singular of the word.", "singular_plural": "Give the plural of the word.",
+    "person_profession": "Give the profession of the person.", "plural_singular": "Give the singular of the word.",
     "present_simple_gerund": "Give the -ing form of the verb.",
     "present_simple_past_perfect": "Give the past participle of the verb.",
-    "present_simple_past_simple": "Give the past tense of the verb.",
+    "present_simple_past_simple": "Give the past tense of the verb.", "singular_plural": "Give the plural of the word.",
 }  # fmt: skip
-DUMMY = Pair("X", "Y", ("Y",))  # the shot that says nothing of the task, on whose "Y" detectors are tested (the post)
+
+
+def instructions(task: Task) -> list[str]:
+    """Return ways to ask for a task in words: a sentence where it is a shipped one, and its title."""
+    source, _, target = task.name.partition("_")
+    asked = [INSTRUCTIONS[task.name]] if task.name in INSTRUCTIONS else []
+    if {source, target} <= set(LANGUAGES):
+        asked = [f"Translate the {task.kind} from {LANGUAGES[source]} to {LANGUAGES[target]}."]
+    return [*asked, f"{task.title}:"]
 
 
 @dataclass(frozen=True)
