@@ -759,7 +759,10 @@ def carried(book: Book, on: str, user: str = "hundred") -> pd.Series:
     taken = followed(book, user).groupby("task")["way"].first()
     zero, few = (rows(plain, method=name).groupby("task")["loss"].mean() for name in ("zero_shot", "few_shot"))
     share = statistics.recovered(found[found["way"].eq(found["task"].map(taken))], plain)
-    return share[(zero - few).reindex(share.index) >= 1]
+    share = share[(zero - few).reindex(share.index) >= 1]
+    if share.empty:
+        raise ClaimError("Examples help no task there by a nat.")
+    return share
 
 
 def seconds(book: Book, found: pd.DataFrame) -> pd.Series:
