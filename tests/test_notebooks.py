@@ -327,6 +327,24 @@ def test_the_illusion_test_holds_every_support_at_every_budget(tables_of):
     assert table.groupby(["layer", "method", "k"], dropna=False)["budget"].nunique().eq(2).all()
 
 
+def test_heads_and_latents_are_chosen_in_every_way_at_equal_numbers_and_with_every_control(tables_of):
+    folder = tables_of("26_heads_by_reward")
+    table, items = (pd.read_parquet(folder / f"26_heads_by_reward{part}/tiny/antonyms.parquet")
+                    for part in ("", "_items"))  # fmt: skip
+    ways = {"gradient", "effect", "attribution", "size", "random"}
+    for kind, more in (("heads", {"swapped"}), ("latents", set())):
+        found = table[table["method"].str.startswith(kind) & table["says"].eq("own")]
+        mine = found[found["method"].eq(f"{kind}_reward") & found["which"].eq("own")].set_index(["layer", "seed"])["k"]
+        alike = found[found["which"].eq("equal")].set_index(["layer", "seed"])
+        assert set(alike["method"]) == {f"{kind}_{way}" for way in ways | more} and len(mine) == mine.index.nunique()
+        assert mine.max() > 0 and (alike["k"] == mine.reindex(alike.index)).all()
+        kept = items[items["kind"].eq(kind) & items["way"].eq("reward")].groupby(["layer", "seed"])["kept"].sum()
+        assert kept.groupby("seed").sum().tolist() == mine.groupby("seed").sum().tolist()
+    own = table[table["which"].eq("own")].groupby("method")["says"].agg(set)
+    assert own["heads_reward"] == own["heads_foreign"] == {"own", "others", "wrong"}
+    assert own["heads_mask_only"] == {"others"}
+
+
 def test_in_context_vectors_run_on_a_behaviour_as_well(tmp_path):
     """The other tests run it on a word task; a behaviour has other measures, and sentences of another source."""
     path = ROOT / "book/experiments/22_in_context_vectors.ipynb"

@@ -677,10 +677,11 @@ def unset(book: Book, method: str) -> pd.DataFrame:
 
 def recurring(book: Book, kind: str, way: str) -> pd.Series:
     """Return the share of items that two searches both keep, of those that either keeps; pairs of seeds averaged."""
-    found, shares = rows(book.table("26_heads_by_reward_items"), kind=kind, way=way, kept=True), {}
+    found, shares = rows(book.table("26_heads_by_reward_items"), kind=kind, way=way), {}
     for task, part in found.groupby("task"):
-        sets = [set(zip(one["layer"], one["item"], strict=True)) for _, one in part.groupby("seed")]
-        if pairs := list(combinations(sets, 2)):
+        sets = [set(one.loc[one["kept"], ["layer", "item"]].itertuples(index=False, name=None))
+                for _, one in part.groupby("seed")]
+        if pairs := [pair for pair in combinations(sets, 2) if set.union(*pair)]:
             shares[task] = np.mean([len(a & b) / len(a | b) for a, b in pairs])
     if not shares:
         raise ClaimError(f"Experiment 26 has no two searches for {kind} by {way}.")
