@@ -837,5 +837,5 @@ def advice_reaches_sentences(book: Book) -> Comparison:
 
 
 @number
-def chance_does_nothing(book: Book) -> Comparison:
+def chance_is_no_help(book: Book) -> Comparison:
     return over_tasks(statistics.recovered(rows(ways(book), method="matched_random"), without_vector(book)))
