@@ -583,6 +583,17 @@ def steered(model: Model, vectors: Float[Tensor, "n_layers d_model"], place: str
         yield
 
 
+def ends_apart(model: Model, first, second) -> Float[Tensor, "n_layers d_model"]:
+    """Return the stream at the last tokens of some texts less that of others after every block, means of each.
+
+    ``first``, ``second``: prompts of `prompts.plain`. Of pairs it is the in-context vector of Liu et al. (2023) but
+    for the principal component that they add, which is next to nothing (experiment 22).
+    """
+    every = range(model.n_layers)
+    read = [residuals(model, texts, [(len(p.ids) - 1,) for p in texts], every) for texts in (first, second)]
+    return torch.stack([read[0][layer].mean(0) - read[1][layer].mean(0) for layer in every])
+
+
 def _turned(out: Tensor, vector: Tensor, scale: float) -> Tensor:
     unit, direction = (torch.nn.functional.normalize(each.float(), dim=-1) for each in (out, vector))
     against = (-unit @ direction).clamp_min(0)[..., None]

@@ -240,6 +240,19 @@ def recovered(frame: pd.DataFrame, plain: pd.DataFrame) -> pd.Series:
     return ((zero - loss) / (zero - few)).dropna().rename("recovered")
 
 
+def heads_in_order(effects: pd.DataFrame, task: str) -> tuple[list[tuple[int, int]], list[str]]:
+    """Return all heads (block, head), the largest mean effect first, and the tasks that this is the mean of.
+
+    ``effects``: the table of experiment 21_heads. These are all tasks but ``task``; that alone where there is no other.
+    """
+    found = rows(effects, method="head")
+    others = found[found["task"].ne(task)]
+    judged = others if len(others) else found
+    by_task = judged.groupby(["task", "layer", "head"])["effect"].mean()
+    order = by_task.groupby(["layer", "head"]).mean().sort_values(ascending=False, kind="stable").index
+    return [(int(layer), int(head)) for layer, head in order], sorted(judged["task"].unique())
+
+
 def overlap(features: pd.DataFrame) -> pd.DataFrame:
     """Return, for every pair of methods, the mean share of the first's latents that the second has too.
 

@@ -4,11 +4,13 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from conftest import ROOT, RUN
 
 from book.ledger import contents
+from nb_utils.show import plots
 from workflow import pdf
 
 WCAG_AA = {
@@ -162,3 +164,21 @@ def test_pdfs_are_named_as_the_pages_and_a_wrong_name_is_one_sentence(built):
         pdf.pages(["99_none"], built / "book/findings")
     with pytest.raises(SystemExit, match="There is no book yet"):
         pdf.pages([], built / "book/nothing")
+
+
+def test_a_reader_sorts_a_table_by_a_click_or_a_key_and_what_is_missing_stays_last(browser):
+    frame = pd.DataFrame({"way": ["b", "c", "a"], "loss": [10.0, 9.0, None], "share": [-0.2, 0.1, 0.05]})
+    shown = plots.table(frame, {"share": "{:.0%}"}, sortable=True).to_html()
+    page = browser.new_page()
+    page.set_content(f"<script>{(ROOT / 'book/_assets/sorting.js').read_text()}</script>{shown}")
+    order = "() => [...document.querySelectorAll('tbody td:first-child')].map((cell) => cell.textContent).join('')"
+    page.get_by_role("button", name="loss").click()
+    assert page.evaluate(order) == "cba"
+    page.get_by_role("button", name="loss").press("Enter")
+    assert page.evaluate(order) == "bca"
+    assert page.get_by_role("columnheader", name="loss").get_attribute("aria-sort") == "descending"
+    page.get_by_role("button", name="share").press(" ")
+    assert page.evaluate(order) == "bac"
+    page.get_by_role("button", name="way").click()
+    assert page.evaluate(order) == "abc"
+    page.close()

@@ -527,3 +527,42 @@ def test_sets_of_heads_and_latents_are_taken_at_their_numbers_and_with_the_activ
     }  # fmt: skip
     with pytest.raises(ClaimError, match="no such heads_gradient"):
         claims.NUMBERS["gradient_finds_heads_too"](Book())
+
+
+def side_by_side():
+    """Return rows of experiment 29: on the third task pruning, which is best on the first two, fails."""
+    made = {  # (method, k, budget, features, passes back, tokens): losses of the tasks
+        ("zero_shot", None, 0, None, 0, 4): (10, 10, 10), ("few_shot", 16, 100, None, 0, 80): (2, 2, 2),
+        ("few_shot", 5, 5, None, 0, 30): (3, 3, 3), ("centred_best_scale", None, 100, None, 0, 4): (4, 4, 4),
+        ("prune_contrast", 20, 100, 20, 9, 4): (3, 3, 9), ("clean", None, 100, 40, 9, 4): (8, 8, 8),
+        ("theta_mean", None, 5, None, 0, 4): (6, 5, 7), ("matched_random", None, 100, None, 0, 4): (1, 1, 1),
+    }  # fmt: skip
+    lines = [
+        dict(task=task, method=method, k=k, budget=budget, l0=l0, gradients=back, tokens=tokens, loss=float(loss),
+             mode="add", seed=0, on=on, own=own, stored=1, d_ntp=0.1 * loss, layer=9 + own)
+        for (method, k, budget, l0, back, tokens), losses in made.items()
+        for task, here in zip(("one", "two", "three"), losses, strict=True)
+        for on, own, loss in (("test", True, here), ("test", False, here - 0.5), ("text_anywhere", True, here))
+    ]  # fmt: skip
+    frame = pd.DataFrame(lines).astype({"k": "Int64", "l0": "Int64"})
+    return frame.assign(losses=[np.full(4, loss) for loss in frame["loss"]])
+
+
+def test_no_task_advises_itself_and_nobody_is_advised_what_they_cannot_make(monkeypatch):
+    monkeypatch.setattr(Book, "table", lambda self, stem: side_by_side())
+    book = Book()
+    assert neighbours.advised(book, "hundred")[0] == "centred_best_scale_of_100"
+    assert neighbours.followed(book, "hundred").set_index("task")["loss"].to_dict() == {"one": 4, "two": 4, "three": 9}
+    assert neighbours.advised(book, "few")[0] == "theta_mean_of_5"
+    assert neighbours.advised(book, "few", prompts=True)[0] == "few_shot_5_of_5"
+    assert neighbours.advised(book, "legible") == ("prune_contrast_20_of_100", [])
+    number = {name: round(claims.NUMBERS[name](book).mean, 9) for name in (
+        "advice_does_the_task", "few_pairs_belong_in_the_prompt", "gradient_pays", "advice_travels",
+        "advice_is_gentler_than_examples",
+    )}  # fmt: skip
+    assert number == {
+        "advice_does_the_task": round((6 + 6 + 1) / 3 / 8, 9), "few_pairs_belong_in_the_prompt": 3, "gradient_pays": 1,
+        "advice_travels": round((1 + 1 + 5) / 3, 9),
+        "advice_is_gentler_than_examples": round((0.2 + 0.2 + 0.7) / 3, 9),
+    }  # fmt: skip
+    assert neighbours.ways(book.otherwise(block="test"))["own"].sum() == 0, "the lower test losses are of other blocks"

@@ -287,3 +287,14 @@ def test_tokens_that_are_changed_go_by_names(tokenizer):
     assert prompts.positions(prompts.encode(tokenizer, (), PAIRS[0]), "outputs") == ()
     with pytest.raises(ValueError, match=r"one of separator, output, .* not 'arrows'"):
         prompts.positions(prompt, "arrows")
+
+
+def test_a_prompt_that_is_led_is_read_as_one_text_with_what_leads_it(tokenizer):
+    query = prompts.encode(tokenizer, [pair("hot", "cold")], pair("big", "small"))
+    led = prompts.led(tokenizer, query, "Give the opposite.\n")
+    head = led.ids[: led.separators[-1] + 1]
+    assert text_of(tokenizer, head) == "Give the opposite.\nhot -> cold\nbig ->"
+    moved = len(led.ids) - len(query.ids)
+    assert [led.ids[i] for i in led.separators] == [query.ids[i] for i in query.separators]
+    assert led.outputs == tuple(i + moved for i in query.outputs) and led.answer == query.answer
+    assert prompts.led(tokenizer, query, "") == query

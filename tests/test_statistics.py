@@ -479,3 +479,12 @@ def test_thetas_of_no_task_name_their_task_by_chance_only():
     spread = thetas(draws=200, noise=0.0).assign(place=lambda frame: list(rng.normal(size=(len(frame), 5))))
     nearest = statistics.nearest_centroid(spread, "place")
     assert 0.2 < (nearest == nearest.index.get_level_values("task")).mean() < 0.47
+
+
+def test_heads_come_in_the_order_of_other_tasks_and_in_their_own_only_where_there_is_no_other():
+    effects = {"one": {0: 0.9, 1: 0.1}, "two": {0: 0.0, 1: 0.3}, "three": {0: 0.2, 1: 0.1}}
+    frame = pd.DataFrame([dict(task=task, layer=3, head=head, method="head", effect=effect)
+                          for task, own in effects.items() for head, effect in own.items()])  # fmt: skip
+    assert statistics.heads_in_order(frame, "one") == ([(3, 1), (3, 0)], ["three", "two"])
+    assert statistics.heads_in_order(frame, "two") == ([(3, 0), (3, 1)], ["one", "three"])
+    assert statistics.heads_in_order(statistics.rows(frame, task="two"), "two") == ([(3, 1), (3, 0)], ["two"])

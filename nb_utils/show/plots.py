@@ -65,6 +65,10 @@ COLORS = {
     "prune_difference": "#8E3B86",
     "contrast_difference": "#C9A0DC",
     "fv_centred": "#4477AA",
+    "instruction": "#5B3A8C",
+    "heads_added": "#3D8F8F",
+    "heads_reward": "#7B8B1D",
+    "heads_gradient": "#B5651D",
     "own": "#D95F0E",
     "other_task": "#1F78B4",
     "same_activation": "#7A5195",
@@ -103,6 +107,10 @@ MARKERS = {
     "prune_difference": "v",
     "contrast_difference": "<",
     "fv_centred": "P",
+    "instruction": "P",
+    "heads_added": "p",
+    "heads_reward": "8",
+    "heads_gradient": "h",
     "own": "*",
     "other_task": "h",
     "same_activation": "p",
@@ -147,6 +155,10 @@ LABELS = {
     "prune_difference": "pruned difference",
     "contrast_difference": "largest codes of it",
     "fv_centred": "function vector",
+    "instruction": "instruction",
+    "heads_added": "heads, own place",
+    "heads_reward": "heads by reward",
+    "heads_gradient": "heads by gradient",
     "own": "the task's features",
     "other_task": "another task's",
     "same_activation": "of equal activation",
@@ -680,13 +692,13 @@ def accuracy_dots(frame: pd.DataFrame, ax: Axes | None = None, value: str = "acc
 
 def table(
     frame: pd.DataFrame, formats: Mapping[str, str] | None = None, precision: int = 2, index: bool = False,
-    html: Sequence[str] = (),
+    html: Sequence[str] = (), sortable: bool = False,
 ) -> Styler:  # fmt: skip
     """Return a frame as the book shows tables: formatted, missing values as dashes, long names and texts wrapped.
 
     ``formats``: {column: format string}; other numbers get ``precision`` digits. ``html``: the columns whose cells are
     HTML of ours, such as `evidence.link`; all other cells, and all labels, are text that shows as itself. The name of
-    the columns' axis is written above the index.
+    the columns' axis is written above the index. ``sortable``: a reader may sort it by any column.
     """
     digest = hashlib.sha256(frame.to_csv().encode()).hexdigest()[:8]  # the same page at every build
     lengths = frame.map(lambda cell: len(re.sub("<[^>]*>", "", str(cell))))
@@ -697,7 +709,8 @@ def table(
     formats = {_text(name): form for name, form in (formats or {}).items()}
     styled = styled.format(formats, precision=precision, na_rep="–")
     names = "th.row_heading, th.blank, th.index_name" if index else ".col0"
-    styled = styled.set_table_attributes('class="dataframe"').set_table_styles(
+    kind = "dataframe nb-sortable" if sortable else "dataframe"
+    styled = styled.set_table_attributes(f'class="{kind}"').set_table_styles(
         [
             {"selector": "td, th", "props": "text-align: right; vertical-align: bottom; padding: 0.25rem 0.5rem"},
             {"selector": "th", "props": "white-space: normal"},
