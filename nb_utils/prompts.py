@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from nb_utils.tasks import DATA, Pair, TaskError
+from nb_utils.tasks import DATA, Pair, Task, TaskError
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,34 @@ TEMPLATES = {
     "instruction": Template(opening="Complete the list.\n"),
 }  # fmt: skip
 DUMMY = Pair("X", "Y", ("Y",))  # the shot that says nothing of the task, on whose "Y" detectors are tested (the post)
+
+
+# What the shipped tasks ask for, in words: what one would write in place of examples.
+LANGUAGES = {"de": "German", "en": "English", "es": "Spanish", "fr": "French", "it": "Italian"}
+INSTRUCTIONS = {
+    "algo_first": "Give the first word of the list.", "algo_second": "Give the second word of the list.",
+    "algo_last": "Give the last word of the list.", "antonyms": "Give the opposite of the word.",
+    "country_capital": "Give the capital of the country.", "element_symbol": "Give the symbol of the chemical element.",
+    "location_continent": "Give the continent that the country is on.",
+    "location_country": "Give the country that the city is in.",
+    "location_language": "Give the language that is spoken in the country.",
+    "location_religion": "Give the main religion of the country.",
+    "person_language": "Give the native language of the person.",
+    "person_nationality": "Give the nationality of the person.",
+    "person_profession": "Give the profession of the person.", "plural_singular": "Give the singular of the word.",
+    "present_simple_gerund": "Give the -ing form of the verb.",
+    "present_simple_past_perfect": "Give the past participle of the verb.",
+    "present_simple_past_simple": "Give the past tense of the verb.", "singular_plural": "Give the plural of the word.",
+}  # fmt: skip
+
+
+def instructions(task: Task) -> list[str]:
+    """Return ways to ask for a task in words: a sentence where it is a shipped one, and its title."""
+    source, _, target = task.name.partition("_")
+    asked = [INSTRUCTIONS[task.name]] if task.name in INSTRUCTIONS else []
+    if {source, target} <= set(LANGUAGES):
+        asked = [f"Translate the {task.kind} from {LANGUAGES[source]} to {LANGUAGES[target]}."]
+    return [*asked, f"{task.title}:"]
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,8 @@ COLORS = {
     "prune_difference": "#8E3B86",
     "contrast_difference": "#C9A0DC",
     "fv_centred": "#4477AA",
+    "single": "#F0A202",
+    "instruction": "#5B3A8C",
     "own": "#D95F0E",
     "other_task": "#1F78B4",
     "same_activation": "#7A5195",
@@ -103,6 +105,8 @@ MARKERS = {
     "prune_difference": "v",
     "contrast_difference": "<",
     "fv_centred": "P",
+    "single": "*",
+    "instruction": "P",
     "own": "*",
     "other_task": "h",
     "same_activation": "p",
@@ -147,6 +151,8 @@ LABELS = {
     "prune_difference": "pruned difference",
     "contrast_difference": "largest codes of it",
     "fv_centred": "function vector",
+    "single": "one feature",
+    "instruction": "instruction",
     "own": "the task's features",
     "other_task": "another task's",
     "same_activation": "of equal activation",
@@ -614,6 +620,43 @@ def token_activations(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_yticks([-1, 0, 1], ["1", "0", "1"])
     ax.grid(visible=False)
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    return ax
+
+
+def loss_by_cost(frame: pd.DataFrame, value: str = "loss", ax: Axes | None = None) -> Axes:
+    """Draw what a vector does to its task against what it costs in text (log axis), a line a method over its scales.
+
+    ``frame``: method, scale, kl (nats a token), best and ``value``; a ring marks the scale that validates best.
+    """
+    ax = ax or plt.subplots(figsize=(6, 4))[1]
+    for method, line in frame.groupby("method", sort=False):
+        line = line.sort_values("scale")
+        ax.plot(line["kl"], line[value], color=_color(method), **_marker(method))
+        best = line[line["best"]]
+        ax.plot(best["kl"], best[value], ls="", marker="o", ms=11, mfc="none", mec=_color(method), mew=1.4)
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set(xlabel="KL in text (nats a token, log scale)", ylabel=UNITS.get(value, value))
+    return ax
+
+
+def token_strip(tokens: Sequence[str], touched: Mapping[str, Sequence[float]], ax: Axes | None = None) -> Axes:
+    """Draw a prompt's tokens in a row, once for each way to touch them: dark where a token is changed in full.
+
+    ``touched``: {name: by how much every token is changed, from 0, not at all, to 1}.
+    """
+    ax = ax or plt.subplots(figsize=(max(4.0, 0.42 * len(tokens)), 0.9 + 0.32 * len(touched)))[1]
+    grid = pd.DataFrame(dict(touched), index=range(len(tokens)), dtype=float).T
+    _heat_map(ax, grid, "Blues", Normalize(0, 1.25))
+    for edge in range(len(tokens) + 1):
+        ax.axvline(edge - 0.5, color="white", lw=1.5)
+    for edge in range(len(touched) + 1):
+        ax.axhline(edge - 0.5, color="white", lw=3)
+    for (i, j), share in np.ndenumerate(grid.to_numpy()):
+        text = str(tokens[j]).replace("\n", "⏎").strip() or "␣"
+        ax.text(j, i, text, ha="center", va="center", fontsize=7.5, color="white" if share > 0.6 else INK)
+    ax.set_xticks([])
     return ax
 
 
