@@ -646,17 +646,20 @@ def token_strip(tokens: Sequence[str], touched: Mapping[str, Sequence[float]], a
 
     ``touched``: {name: by how much every token is changed, from 0, not at all, to 1}.
     """
-    ax = ax or plt.subplots(figsize=(max(4.0, 0.42 * len(tokens)), 0.9 + 0.32 * len(touched)))[1]
-    grid = pd.DataFrame(dict(touched), index=range(len(tokens)), dtype=float).T
-    _heat_map(ax, grid, "Blues", Normalize(0, 1.25))
-    for edge in range(len(tokens) + 1):
-        ax.axvline(edge - 0.5, color="white", lw=1.5)
-    for edge in range(len(touched) + 1):
-        ax.axhline(edge - 0.5, color="white", lw=3)
-    for (i, j), share in np.ndenumerate(grid.to_numpy()):
-        text = str(tokens[j]).replace("\n", "⏎").strip() or "␣"
-        ax.text(j, i, text, ha="center", va="center", fontsize=7.5, color="white" if share > 0.6 else INK)
-    ax.set_xticks([])
+    texts = [str(token).replace("\n", "⏎").strip() or "␣" for token in tokens]
+    ends = np.cumsum([len(text) + 1.6 for text in texts])  # as wide as what stands there
+    ax = ax or plt.subplots(figsize=(1.4 + 0.082 * ends[-1], 0.3 + 0.3 * len(touched)))[1]
+    blues = plt.get_cmap("Blues")
+    for y, shares in enumerate(touched.values()):
+        for text, left, end, share in zip(texts, [0, *ends[:-1]], ends, shares, strict=True):
+            ax.barh(y, end - left, 0.86, left, color=blues(0.06 + 0.74 * share), edgecolor="white")
+            ax.text((left + end) / 2, y, text, ha="center", va="center", fontsize=7.5,
+                    color="white" if share > 0.6 else INK)  # fmt: skip
+    ax.set_yticks(range(len(touched)), list(touched))
+    ax.set(xlim=(0, ends[-1]), ylim=(len(touched) - 0.5, -0.5), xticks=[])
+    ax.tick_params(length=0)
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
     return ax
 
 
