@@ -504,7 +504,7 @@ def places(method="prune_contrast", loss=2.0, **changed):
     """Rows of experiment 12, the same for two tasks: one vector at one scale, or prompts."""
     row = dict(layer=10, method=method, tokens="separator", mode="add", prompt="zero-shot", on="test", role="vector",
                best=True, scale=1.0, blocks="10", together=1, decay=1.0, made="word", kl=0.4, others=0.5,
-               token_loss=3.0, validation_loss=loss, shots=np.nan, k=20 if method == "prune_contrast" else pd.NA)  # fmt: skip
+               token_loss=3.0, validation_loss=loss, shots=np.nan, k=20 if method == "prune_contrast" else pd.NA)
     return [row | dict(task=task, loss=loss, losses=[loss] * 3) | changed for task in ("one", "two")]
 
 
