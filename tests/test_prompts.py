@@ -287,3 +287,11 @@ def test_tokens_that_are_changed_go_by_names(tokenizer):
     assert prompts.positions(prompts.encode(tokenizer, (), PAIRS[0]), "outputs") == ()
     with pytest.raises(ValueError, match=r"one of separator, output, .* not 'arrows'"):
         prompts.positions(prompt, "arrows")
+
+
+def test_every_shipped_task_is_asked_for_in_words_that_are_its_own_and_a_file_by_its_title():
+    shipped = [tasks.load(name, kind) for kind in ("word", "sentence") for name in tasks.names(kind)]
+    said = [prompts.instructions(task)[0] for task in shipped]
+    assert len(set(said)) == len(said) and not any(text.endswith(":") for text in said)
+    own = tasks.parse("\n".join(f"in{i} -> out{i}" for i in range(20)))
+    assert prompts.instructions(own) == [f"{own.title}:"]
