@@ -54,6 +54,13 @@ class Card:
     mode: str = "add"
     place: str = "last token of the prompt"  # and nowhere else
 
+    @property
+    def where(self) -> str:
+        """Say in words where the vector goes, as the folder's card does beside the fields."""
+        how = "added to" if self.mode == "add" else "put in place of"
+        block = f"after block {self.layer} ({self.hook_name})"
+        return f"{how} the residual stream {block}, at the {self.place} and no other"
+
 
 @dataclass(frozen=True)
 class Vector:
@@ -75,7 +82,8 @@ def save(exported: Vector, folder: str | Path) -> Path:
     folder = Path(folder).expanduser()
     tensors = {name: getattr(exported, name).detach().cpu().contiguous() for name in ("vector", "latents", "weights")}
     data = save_tensors(tensors)
-    card = {"format": FORMAT, **dataclasses.asdict(exported.card), "sha256": hashlib.sha256(data).hexdigest()}
+    said, sha256 = exported.card, hashlib.sha256(data).hexdigest()
+    card = {"format": FORMAT, **dataclasses.asdict(said), "where": said.where, "sha256": sha256}
     try:
         _check_new(folder)
         with files.whole(folder) as made:

@@ -53,6 +53,29 @@ def substitute(vectors: Float[Tensor, "n d_model"]) -> Edit:
         stream, values.to(stream).expand_as(stream), strength.expand_as(stream)))  # fmt: skip
 
 
+def turn(vectors: Float[Tensor, "n d_model"]) -> Edit:
+    """Add a vector, then give the stream its length back: of what adding does, the turn alone."""
+
+    def change(stream, values, strength):
+        moved = stream + strength * values.to(stream)
+        return moved * (_length(stream) / _length(moved))
+
+    return Edit("turn", vectors, change)
+
+
+def lengthen(vectors: Float[Tensor, "n d_model"]) -> Edit:
+    """Give the stream the length that it had after adding a vector, and leave its direction: the other half."""
+
+    def change(stream, values, strength):
+        return stream * (_length(stream + strength * values.to(stream)) / _length(stream))
+
+    return Edit("lengthen", vectors, change)
+
+
+def _length(stream: Float[Tensor, "... d_model"]) -> Float[Tensor, "... 1"]:
+    return stream.norm(dim=-1, keepdim=True)
+
+
 def clamp(sae: Sae, latents: Sequence[int], codes: Float[Tensor, "n k"]) -> Edit:
     """Set the codes of latents; NaN leaves one as it is.
 
@@ -232,3 +255,60 @@ def evaluate(
     """
     return site.scored(
         lambda longer, part, owners: longer.read_by(streams(longer, what.of(part))), len(what), reference, whole)
+
+
+# What an intervention does, beside the loss
+
+
+@torch.no_grad()
+def moves(site: Site, what: Intervention) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Return by what angle (degrees) every way turns the stream where it changes it, and how many times longer it is.
+
+    Means over the tokens that a site runs again and the blocks, each of which meets the stream as it comes there.
+    """
+    angles, longer = [], []
+
+    def watched(edit):
+        def change(stream, values, strength):
+            found, here = edit.change(stream, values, strength), strength[..., 0] > 0
+            before, after = stream[:, here].double(), found[:, here].double()
+            cosine = torch.cosine_similarity(before, after, dim=-1).clamp(-1, 1)
+            angles.append(cosine.acos().rad2deg().mean(1))
+            longer.append((after.norm(dim=-1) / before.norm(dim=-1)).mean(1))
+            return found
+
+        return replace(edit, change=change)
+
+    seen = replace(what, edits={layer: watched(edit) for layer, edit in what.edits.items()})
+    for part in site.parts(len(what)):
+        streams(site, seen.of(part), what.layers[-1] + 1)
+    blocks = len(what.layers)
+    return tuple(torch.cat([torch.stack(found[i : i + blocks]).mean(0) for i in range(0, len(found), blocks)]).cpu()
+                 for found in (angles, longer))  # fmt: skip
+
+
+@torch.no_grad()
+def divergence(
+    site: Site, what: Intervention, before: Float[Tensor, "n_labels vocab"] | None = None
+) -> Float[Tensor, "n batch"]:
+    """Return the KL divergence (nats) from what was predicted before, a token: the mean over every prompt's answer.
+
+    `Scores.kl` is that of the first token alone. ``before``: `log_probs` of the site, so that they are found once.
+    """
+    before = log_probs(site) if before is None else before
+    p, owners = before.exp(), site.rows[0]
+    own = (p * before).sum(-1)
+    counts = torch.bincount(owners, minlength=len(site.prompts))
+    found = torch.zeros(len(what), len(site.prompts), device=before.device)
+    for i in range(len(what)):  # one way's logits at a time
+        hidden = site.read_by(streams(site, what.of(torch.tensor([i]))))[0]
+        logits = site.model.layout.logits(hidden)
+        cross = torch.einsum("rv,rv->r", p, logits) - logits.logsumexp(-1)
+        found[i].index_add_(0, owners, own - cross)
+    return (found / counts).cpu()
+
+
+@torch.no_grad()
+def log_probs(site: Site) -> Float[Tensor, "n_labels vocab"]:
+    """Return the log-probabilities of all tokens where each answer token of a site's prompts is predicted."""
+    return site.model.layout.logits(site.read_by(site.residual[-1][None])[0]).log_softmax(-1)

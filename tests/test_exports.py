@@ -45,6 +45,10 @@ def test_a_vector_survives_the_way_to_a_folder_and_back(exported, folder, tiny, 
 
 def test_the_card_says_where_the_vector_belongs(folder, tiny, sae):
     card = json.loads((folder / "card.json").read_text())
+    assert card["where"] == (
+        "added to the residual stream after block 3 (blocks.3.hook_resid_post), "
+        "at the last token of the prompt and no other"
+    )
     assert (card["model"], card["layer"], card["hook_name"]) == ("tiny", LAYER, f"blocks.{LAYER}.hook_resid_post")
     assert card["features"] == {"3": 1.5, "17": -0.5, "40": 2.0}
     assert (card["model_sha256"], card["sae_sha256"]) == (tiny.sha256, sae.sha256)

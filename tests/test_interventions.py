@@ -10,7 +10,7 @@ from nb_utils import engine, prompts, saes, tasks
 from nb_utils import interventions as changes
 
 WORDS = ["hot", "cold", "big", "small", "up", "down", "old", "new", "wet", "dry", "far", "near"]
-MODES = ("add", "replace", "clamp")
+MODES = ("add", "replace", "turn", "lengthen", "clamp")
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +22,8 @@ def batch(tiny):
 def edit(model, mode, layer, n=2, seed=0):
     draw = torch.Generator().manual_seed(seed + layer)
     if mode != "clamp":
-        make = changes.add if mode == "add" else changes.substitute
-        return make(torch.randn(n, model.d_model, generator=draw))
+        make = {"add": changes.add, "replace": changes.substitute, "turn": changes.turn, "lengthen": changes.lengthen}
+        return make[mode](torch.randn(n, model.d_model, generator=draw))
     codes = torch.randn(n, 5, generator=draw).abs()
     codes[0, :2] = 0
     codes[1, 3] = torch.nan
@@ -57,12 +57,14 @@ def equals_hooks(model, batch, what):
 def lens(model, prompt, what):
     """The NLL of the answer through TransformerLens, with hooks written here by hand."""
     at = {
-        "separator": [prompt.separators[-1]], "output": [prompt.outputs[-1]], "separators": prompt.separators,
+        "separator": [prompt.separators[-1]], "output": prompt.outputs[-1:], "separators": prompt.separators,
         "outputs": prompt.outputs, "every": range(1, len(prompt.ids)),
         "generated": range(prompt.separators[-1], len(prompt.ids)),
     }[what.tokens]  # fmt: skip
 
     def hook(layer, edit):
+        sae, latents = saes.random(model, layer), torch.tensor([3, 60, 11, 7, 25])
+
         def change(stream, hook):
             stream = stream.clone()
             for step, token in enumerate(at):
@@ -75,7 +77,9 @@ def lens(model, prompt, what):
                 return h + share * value
             if edit.mode == "replace":
                 return h + share * (value - h)
-            sae, latents = saes.random(model, layer), torch.tensor([3, 60, 11, 7, 25])
+            if edit.mode in ("turn", "lengthen"):
+                added = h + share * value
+                return added / added.norm() * h.norm() if edit.mode == "turn" else h / h.norm() * added.norm()
             codes = sae.encode(h)
             new = codes.clone()
             new[latents] = torch.where(value.isnan(), codes[latents], value)
@@ -104,6 +108,15 @@ def test_they_do_after_several_blocks_at_once(tiny, batch, tokens):
 @pytest.mark.parametrize("mode", MODES)
 def test_they_do_where_generated_tokens_are_changed_less_and_less(tiny, batch, mode):
     equals_hooks(tiny, batch, changes.Intervention({2: edit(tiny, mode, 2)}, "generated", decay=0.5))
+
+
+@pytest.mark.parametrize("tokens, decay", [("separator", 1.0), ("generated", 0.5)])
+def test_they_do_after_several_blocks_where_a_prompt_has_no_examples_or_an_instruction_alone(tiny, tokens, decay):
+    pairs = [tasks.Pair(x, y, (y,)) for x, y in pairwise(WORDS)][:2]
+    told = prompts.zero_shot(tiny.tokenizer, pairs[:1], prompts.Template(opening="Say the opposite.\n"))
+    edits = {layer: edit(tiny, mode, layer) for layer, mode in ((1, "add"), (2, "turn"), (4, "clamp"))}
+    what = changes.Intervention(edits, tokens, decay)
+    equals_hooks(tiny, [*prompts.zero_shot(tiny.tokenizer, pairs[1:]), *told], what)
 
 
 def test_they_do_for_a_topk_sae(tiny, batch):
@@ -138,6 +151,8 @@ def test_a_site_that_runs_every_token_again_serves_all_of_them(tiny, batch, toke
 
 NOTHING = {
     "scale 0": lambda model, layer: changes.add(0 * torch.randn(2, model.d_model)),
+    "turn by 0": lambda model, layer: changes.turn(torch.zeros(2, model.d_model)),
+    "lengthen by 0": lambda model, layer: changes.lengthen(torch.zeros(2, model.d_model)),
     "no latent": lambda model, layer: changes.clamp(saes.random(model, layer), [], torch.zeros(2, 0)),
     "no code": lambda model, layer: changes.clamp(saes.random(model, layer), [1, 2], torch.full((2, 2), torch.nan)),
 }
@@ -156,6 +171,51 @@ def test_scale_0_and_the_empty_set_change_nothing_to_the_last_bit(tiny, batch, t
     site = engine.Site.prepare(tiny, batch, at=tokens)
     base = site.residual[1].expand(2, *site.residual[1].shape)
     assert torch.equal(changes.streams(site, what), site.replay(site.replay(base, 2, 4), 4))
+
+
+@torch.no_grad()
+def test_turning_and_lengthening_are_the_two_halves_of_adding(tiny):
+    stream, vectors = torch.randn(2, 3, 4, tiny.d_model), torch.randn(2, tiny.d_model)
+    whole = torch.ones(3, 4)
+    added, turned, longer = (make(vectors)(stream, whole) for make in (changes.add, changes.turn, changes.lengthen))
+    torch.testing.assert_close(turned.norm(dim=-1), stream.norm(dim=-1))
+    torch.testing.assert_close(torch.cosine_similarity(turned, added, dim=-1), torch.ones(2, 3, 4))
+    torch.testing.assert_close(longer.norm(dim=-1), added.norm(dim=-1))
+    torch.testing.assert_close(torch.cosine_similarity(longer, stream, dim=-1), torch.ones(2, 3, 4))
+
+
+def test_what_a_stream_turns_by_and_how_much_longer_it_gets_is_measured_where_it_is_changed(tiny, batch):
+    site = engine.Site.prepare(tiny, batch, at="every")
+    at = changes.strengths(site, "separators") > 0
+    draw = torch.Generator().manual_seed(0)
+    stream, vector = site.residual[2][at].double(), torch.randn(tiny.d_model, generator=draw)
+    ways = torch.stack([vector, 0 * vector, 3 * vector])
+    angle, longer = changes.moves(site, changes.Intervention({2: changes.add(ways)}, "separators"))
+    moved = stream + 3 * vector
+    cosine = (stream * moved).sum(-1) / stream.norm(dim=-1) / moved.norm(dim=-1)
+    assert angle[2].item() == pytest.approx(cosine.acos().rad2deg().mean().item(), abs=1e-3)
+    assert longer[2].item() == pytest.approx((moved.norm(dim=-1) / stream.norm(dim=-1)).mean().item(), abs=1e-5)
+    assert angle[1].abs() < 1e-3 and longer[1] == 1 and angle[0] < angle[2]
+    turned, same = changes.moves(site, changes.Intervention({2: changes.turn(ways)}, "separators"))
+    torch.testing.assert_close(turned, angle, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(same, torch.ones_like(same))
+    _, kept = changes.moves(site, changes.Intervention({2: changes.lengthen(ways), 3: changes.add(0 * ways)}, "every"))
+    assert kept[2] > 1 and len(kept) == 3
+
+
+@torch.no_grad()
+def test_the_cost_of_a_change_is_the_divergence_of_plain_passes_a_token(tiny, batch):
+    what = changes.Intervention({2: edit(tiny, "add", 2), 3: edit(tiny, "clamp", 3)}, "generated", 0.5)
+    found = changes.divergence(engine.Site.prepare(tiny, batch, at="generated"), what)
+    for i, prompt in enumerate(batch):
+        ids = torch.tensor([prompt.ids[:-1]]).expand(2, -1)
+        before = tiny.hf(ids).logits[:, -len(prompt.answer) :].log_softmax(-1)
+        with changes.hooked(tiny, what, changes.strength(prompt, "generated", 0.5)[:-1]):
+            now = tiny.hf(ids, use_cache=False).logits[:, -len(prompt.answer) :].log_softmax(-1)
+        torch.testing.assert_close(found[:, i], (before.exp() * (before - now)).sum(-1).mean(-1), atol=1e-4, rtol=0)
+    assert found.min() > 1e-3
+    nothing = changes.Intervention({2: changes.add(torch.zeros(1, tiny.d_model))}, "generated")
+    assert changes.divergence(engine.Site.prepare(tiny, batch, at="generated"), nothing).abs().max() < 1e-5
 
 
 @torch.no_grad()
@@ -183,7 +243,7 @@ def test_what_an_sae_does_not_explain_stays_when_its_features_go(tiny):
 
 
 @pytest.mark.parametrize("tokens, decay", [("separators", 1.0), ("every", 1.0), ("generated", 1.0), ("generated", 0.5)])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "lengthen"])  # which hardly changes what is said
 def test_a_continuation_is_the_same_with_and_without_a_cache(tiny, batch, mode, tokens, decay):
     what = edit(tiny, mode, 2, n=4)
     bold = 300 * torch.eye(5)[:4] if mode == "clamp" else 30 * what.values  # so that the ways say different things

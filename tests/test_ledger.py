@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from book.ledger import claims, ledger, neighbours
+from book.ledger import claims, ledger, neighbours, real
 from book.ledger.claims import Book, Choices, ClaimError
 from nb_utils import statistics
 from nb_utils.record import sources, tables
@@ -566,3 +566,49 @@ def test_no_task_advises_itself_and_nobody_is_advised_what_they_cannot_make(monk
         "advice_is_gentler_than_examples": round((0.2 + 0.2 + 0.7) / 3, 9),
     }  # fmt: skip
     assert neighbours.ways(book.otherwise(block="test"))["own"].sum() == 0, "the lower test losses are of other blocks"
+
+
+def places(method="prune_contrast", loss=2.0, **changed):
+    """Rows of experiment 12, the same for two tasks: one vector at one scale, or prompts."""
+    row = dict(layer=10, method=method, tokens="separator", mode="add", prompt="zero-shot", on="test", role="vector",
+               best=True, scale=1.0, blocks="10", together=1, decay=1.0, made="word", kl=0.4, others=0.5,
+               token_loss=3.0, validation_loss=loss, shots=np.nan, k=20 if method == "prune_contrast" else pd.NA)
+    return [row | dict(task=task, loss=loss, losses=[loss] * 3) | changed for task in ("one", "two")]
+
+
+def test_a_place_is_judged_at_the_scale_that_validates_best_there_and_one_cost_at_the_best_it_affords(monkeypatch):
+    prompt = dict(role="prompt", mode="none", layer=-1)
+    frame = pd.DataFrame([
+        *places("zero_shot", 6.0, **prompt, shots=0), *places("few_shot", 3.0, **prompt, shots=4),
+        *places("few_shot", 1.0, **prompt, shots=16), *places("instruction", 4.0, **prompt),
+        *places("instruction", 3.5, **prompt | dict(best=False)),
+        *places(), *places(loss=2.5, best=False, scale=2.0, kl=0.9), *places(loss=5.0, best=False, scale=0.5, kl=0.2),
+        *places(loss=3.0, tokens="every", scale=2.0, kl=0.7), *places(loss=8.0, tokens="every", best=False),
+        *places("centred_best_scale", 1.5, kl=0.8), *places("centred_best_scale", 4.0, best=False, kl=0.5),
+        *places("clean", 1.2, kl=0.8), *places(loss=2.2, mode="clamp"), *places(loss=1.5, prompt="instruction"),
+        *places(loss=1.9, layer=8, blocks="8"), *places(loss=1.6, blocks="8,10", together=2),
+        *places(loss=7.0, role="wrong_sign"), *places(on="sentence"),
+        *places(on="sentence", tokens="generated", token_loss=2.0),
+        *places(on="sentence", tokens="generated", token_loss=2.5, decay=0.5), *places(on="sentence", made="sentence"),
+    ])  # fmt: skip
+    texts = [dict(task=task, tokens=at, decay=1.0, method="prune_contrast", made="word", prompt="zero-shot", chrf=chrf)
+             for task in ("one", "two") for at, chrf in (("separator", 0.2), ("generated", 0.3), ("generated", 0.5))]
+    found = {"12_places": frame.assign(k=frame["k"].astype("Int64")), "12_places_texts": pd.DataFrame(texts)}
+    monkeypatch.setattr(Book, "table", lambda self, stem: found[stem])
+    settings = {"layers": [10, 8], "decays": [1.0, 0.5], "n_examples": 4}
+    monkeypatch.setattr(Book, "setting", lambda self, stem, name: settings[name])
+    expected = {
+        "last_token_does_nothing": (6 - 2) / (6 - 1), "every_token_over_steers": 1.0,
+        "every_token_over_steers_at_one_scale": 6.0, "every_token_costs_more": 0.3, "clamping_beats_adding": 0.2,
+        "prompting_beats_steering": 2.0, "prompt_and_vector_beat_the_vector": -0.5, "wrong_sign_hurts": 1.0,
+        "prompt_and_vector_beat_the_prompt": -2.5, "several_blocks_beat_one": 1.6 - 1.9,
+        "pruned_does_more_at_equal_cost": 0.8 - 0.4, "vector_overrides_other_examples": 0.5,
+        "written_tokens_help_sentences": -1.0, "fading_helps_sentences": 0.5,
+        "written_tokens_help_what_is_written": 0.2,
+    }  # fmt: skip
+    assert {name: round(claims.NUMBERS[name](Book()).mean, 9) for name in expected} == pytest.approx(expected)
+    assert real.affordable(Book(), "clean").tolist() == [0, 0], "too dear at every scale"
+    with pytest.raises(ClaimError, match=r"not tried single vectors so \(clamp, separator, zero-shot\)"):
+        claims.NUMBERS["clamping_one_beats_adding_it"](Book())
+    with pytest.raises(ClaimError, match="no vectors of 5 features"):
+        claims.NUMBERS["clamping_beats_adding"](Book().otherwise(k=5))

@@ -32,7 +32,7 @@ SINGLE = {
     "task": "en_es", "layers": "3", "atoms": "4", "penalties": "1", "sizes": "4", "templates": "arrow", "seeds": 1,
     "first_cuts": "12", "longer": "8", "counts": "6", "mean_rates": "1", "refit_rates": "0.1", "dense_rates": "0.05",
     "rescued": "3,3", "sae_layers": "3", "swap_sizes": "4", "scales": 5, "n_pairs": "8", "places": "ff",
-    "strengths": "0.1", "budgets": "0.3", "arrow_scales": "1",
+    "strengths": "0.1", "budgets": "0.3", "arrow_scales": "1", "factors": "1", "decays": "1",
 }  # fmt: skip
 TWICE = {"05_cross_task_steering": {"layers": "3,3", "most": "1,1"}}
 # Prose is held to paths too: this finds folders at the root of a disk and ~/, not a fraction or a route.
@@ -164,6 +164,8 @@ def test_settings_of_the_workflow_ask_of_an_experiment_only_what_those_before_it
         assert set(read) <= {*made} & {*asked("21_function_vectors", "layers")}, model
         assert set(asked("10_necessity", "layers")) <= {*made, *asked("04_detectors", "layers")}, model
         assert set(asked("10_necessity", "rescued")) <= set(asked("10_necessity", "layers")), model
+        assert set(asked("12_places", "layers")) <= set(made), model
+        assert set(asked("12_places", "sizes")) <= set(asked("02_cleanup", "sizes")), model
         assert set(asked("08_side_effects", "sizes")) <= set(asked("02_cleanup", "sizes")), model
         penalties = [float(penalty) for penalty in asked("02_cleanup", "penalties")]
         assert float(*asked("08_side_effects", "penalty")) in penalties, model

@@ -511,3 +511,28 @@ def test_grids_of_strengths_have_a_map_a_measure_and_white_at_zero():
     assert [ax.get_title() for ax in figure.axes] == ["cost", "words"]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["behind the MLP's norm", "MLP's output"]
     assert texts(figure.axes[1])[:3] == ["0.2", "0.6", "2"] and all(ax.images[0].norm(0) == 0.5 for ax in figure.axes)
+
+
+# --- where a vector stands ---
+
+
+def test_a_strip_says_of_every_token_what_is_done_to_it_and_is_as_wide_as_its_text():
+    tokens, touched = ["<bos>", "a", " ->", "\n"], {"last": [0, 0, 1, 0], "fading": [0, 0.5, 1, 0.25]}
+    ax = plots.token_strip(tokens, touched)
+    assert texts(ax) == ["<bos>", "a", "->", "⏎"] * 2 and [t.get_text() for t in ax.get_yticklabels()] == list(touched)
+    shares = [share for row in touched.values() for share in row]
+    dark = {share: sum(bar.get_facecolor()[:3]) for bar, share in zip(ax.patches, shares, strict=True)}
+    assert sorted(dark, key=dark.get) == [1, 0.5, 0.25, 0]
+    widths = [bar.get_width() for bar in ax.patches[:4]]
+    assert widths[0] > widths[2] > widths[1] == widths[3]
+    assert [t.get_color() for t in ax.texts[:4]].count("white") == 1
+    with pytest.raises(ValueError, match="zip"):
+        plots.token_strip(tokens, {"short": [1]})
+
+
+def test_effect_stands_against_cost_and_a_ring_marks_what_validates_best():
+    frame = pd.DataFrame({"method": "centred", "scale": [2.0, 1.0, 3.0], "kl": [0.2, 0.1, 0.9], "loss": [3.0, 5.0, 4.0],
+                          "best": [True, False, False]})  # fmt: skip
+    ax = plots.loss_by_cost(frame)
+    line, ring = ax.lines
+    assert line.get_xdata().tolist() == [0.1, 0.2, 0.9] and ring.get_xydata().tolist() == [[0.2, 3]]

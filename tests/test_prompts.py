@@ -298,3 +298,11 @@ def test_a_prompt_that_is_led_is_read_as_one_text_with_what_leads_it(tokenizer):
     assert [led.ids[i] for i in led.separators] == [query.ids[i] for i in query.separators]
     assert led.outputs == tuple(i + moved for i in query.outputs) and led.answer == query.answer
     assert prompts.led(tokenizer, query, "") == query
+
+
+def test_every_shipped_task_is_asked_for_in_words_that_are_its_own_and_a_file_by_its_title():
+    shipped = [tasks.load(name, kind) for kind in ("word", "sentence") for name in tasks.names(kind)]
+    said = [prompts.instructions(task)[0] for task in shipped]
+    assert len(set(said)) == len(said) and not any(text.endswith(":") for text in said)
+    own = tasks.parse("\n".join(f"in{i} -> out{i}" for i in range(20)))
+    assert prompts.instructions(own) == [f"{own.title}:"]

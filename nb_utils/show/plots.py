@@ -69,6 +69,7 @@ COLORS = {
     "heads_added": "#3D8F8F",
     "heads_reward": "#7B8B1D",
     "heads_gradient": "#B5651D",
+    "single": "#F0A202",
     "own": "#D95F0E",
     "other_task": "#1F78B4",
     "same_activation": "#7A5195",
@@ -111,6 +112,7 @@ MARKERS = {
     "heads_added": "p",
     "heads_reward": "8",
     "heads_gradient": "h",
+    "single": "*",
     "own": "*",
     "other_task": "h",
     "same_activation": "p",
@@ -159,6 +161,7 @@ LABELS = {
     "heads_added": "heads, own place",
     "heads_reward": "heads by reward",
     "heads_gradient": "heads by gradient",
+    "single": "one feature",
     "own": "the task's features",
     "other_task": "another task's",
     "same_activation": "of equal activation",
@@ -654,6 +657,46 @@ def token_activations(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_yticks([-1, 0, 1], ["1", "0", "1"])
     ax.grid(visible=False)
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    return ax
+
+
+def loss_by_cost(frame: pd.DataFrame, value: str = "loss", ax: Axes | None = None) -> Axes:
+    """Draw what a vector does to its task against what it costs in text (log axis), a line a method over its scales.
+
+    ``frame``: method, scale, kl (nats a token), best and ``value``; a ring marks the scale that validates best.
+    """
+    ax = ax or plt.subplots(figsize=(6, 4))[1]
+    for method, line in frame.groupby("method", sort=False):
+        line = line.sort_values("scale")
+        ax.plot(line["kl"], line[value], color=_color(method), **_marker(method))
+        best = line[line["best"]]
+        ax.plot(best["kl"], best[value], ls="", marker="o", ms=11, mfc="none", mec=_color(method), mew=1.4)
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set(xlabel="KL in text (nats a token, log scale)", ylabel=UNITS.get(value, value))
+    return ax
+
+
+def token_strip(tokens: Sequence[str], touched: Mapping[str, Sequence[float]], ax: Axes | None = None) -> Axes:
+    """Draw a prompt's tokens in a row, once for each way to touch them: dark where a token is changed in full.
+
+    ``touched``: {name: by how much every token is changed, from 0, not at all, to 1}.
+    """
+    texts = [str(token).replace("\n", "⏎").strip() or "␣" for token in tokens]
+    ends = np.cumsum([len(text) + 1.6 for text in texts])  # as wide as what stands there
+    ax = ax or plt.subplots(figsize=(1.4 + 0.082 * ends[-1], 0.3 + 0.3 * len(touched)))[1]
+    blues = plt.get_cmap("Blues")
+    for y, shares in enumerate(touched.values()):
+        for text, left, end, share in zip(texts, [0, *ends[:-1]], ends, shares, strict=True):
+            ax.barh(y, end - left, 0.86, left, color=blues(0.06 + 0.74 * share), edgecolor="white")
+            ax.text((left + end) / 2, y, text, ha="center", va="center", fontsize=7.5,
+                    color="white" if share > 0.6 else INK)  # fmt: skip
+    ax.set_yticks(range(len(touched)), list(touched))
+    ax.set(xlim=(0, ends[-1]), ylim=(len(touched) - 0.5, -0.5), xticks=[])
+    ax.tick_params(length=0)
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
     return ax
 
 
