@@ -361,7 +361,8 @@ def test_a_long_prompt_stands_for_short_ones_and_a_rise_is_cut_in_two(tables_of)
     )
     held = table[table["method"].eq("task_vector") & table["place"].eq("arrow")]
     assert set(held["shots"]) == {0, 1, 2, 4} and set(table.loc[table["method"].eq("few_shot"), "shots"]) == {1, 2, 4}
-    assert held["validation_loss"].notna().all() and set(table["place"]) == {"none", "input", "arrow", "output", "newline"}
+    assert held["validation_loss"].notna().all()
+    assert set(table["place"]) == {"none", "input", "arrow", "output", "newline"}
     seen = course.groupby("place")["seen"].agg(["min", "max"])
     assert seen.loc["arrow"].tolist() == [0, 4] and seen.loc["output"].tolist() == [1, 4]
     numbers = growth.groupby(["kind", "layer", "method"]).size().unstack()
