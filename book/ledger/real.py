@@ -240,7 +240,9 @@ def executors_rise_beyond_controls(book: Book) -> Comparison:
 
 @number
 def executors_switch(book: Book) -> Comparison:
-    return over_tasks(switched(book, "executor"))
+    if (found := switched(book, "executor")).empty:
+        raise ClaimError("No task's executors rise by a tenth after the first example.")
+    return over_tasks(found)
 
 
 @number
@@ -285,7 +287,10 @@ def recovery(book: Book, shots: int, lists: bool | None = None, method: str = "t
     """
     right, few = (held(book, shots, one).groupby("task")["accuracy"].mean() for one in (method, "few_shot"))
     found = (right / few.where(few > 0)).dropna()
-    return found if lists is None else found[found.index.map(book.family).isin(["lists"]) == lists]
+    found = found if lists is None else found[found.index.map(book.family).isin(["lists"]) == lists]
+    if found.empty:
+        raise ClaimError("Experiment 14 has no such task.")
+    return found
 
 
 def awake(book: Book, kind: str, seen: int, method: str = "own") -> pd.Series:
@@ -296,6 +301,8 @@ def awake(book: Book, kind: str, seen: int, method: str = "own") -> pd.Series:
     """
     place = {"executor": "arrow", "detector": "output"}[kind]
     found = rows(book.table("14_shots_course"), kind=kind, method=method, place=place)
+    if found.empty:
+        raise ClaimError(f"Experiment 14 has followed no {kind}s.")
     by = found.groupby(["task", "seen"])["activation"].sum().unstack()
     last = by.loc[:, by.columns > by.columns.max() // 2].mean(axis=1)
     return (by[seen] / last.where(last > 0)).dropna()
