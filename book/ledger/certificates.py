@@ -49,7 +49,7 @@ class Certificate:
         return bool(RELATIONS[relation](number, float(bound)))
 
     def written(self, number: float) -> str:
-        return ledger.UNITS[self.unit].format(number)
+        return ledger.UNITS[self.unit].format(number).removeprefix("+")
 
 
 def sufficient(book: Book, method: str) -> pd.Series:

@@ -39,7 +39,7 @@ class Published:
     @property
     def written(self) -> str:
         low, high = (ledger.UNITS[self.unit].format(bound) for bound in (self.low, self.high))
-        return low if low == high else f"{low} to {high}"
+        return low if low == high else f"{low.split()[0]} to {high}"
 
     def status(self, found: Comparison | None) -> str:
         """Say whether our 95 % interval meets the published number or range."""
@@ -117,11 +117,13 @@ def table(found: list[tuple[Published, Comparison | None]]) -> Styler:
     """Show published numbers, ours and the status."""
     lines, names = [], cited()
     for one, ours in found:
-        form = ledger.UNITS[one.unit].format
-        told = "–" if ours is None else f"{form(ours.mean)} [{form(ours.low)}, {form(ours.high)}]"
+        told, tasks = "–", "–"
+        if ours is not None:
+            mean, low, high = (ledger.UNITS[one.unit].format(part) for part in (ours.mean, ours.low, ours.high))
+            told, tasks = f"{mean} [{low.split()[0]}, {high.split()[0]}]", str(ours.tasks)
         lines.append({
             "what": one.what, "by": f"{names[one.source]}, {one.model}", "published": one.written,
-            "ours [95 %]": told, "tasks": None if ours is None else ours.tasks, "status": one.status(ours),
+            "ours [95 %]": told, "tasks": tasks, "status": one.status(ours),
         })  # fmt: skip
     style = {"selector": "td", "props": "white-space: normal; vertical-align: top"}
     return plots.table(pd.DataFrame(lines)).set_table_styles([style], overwrite=False)
