@@ -1,4 +1,4 @@
-"""The numbers that decide whether what is found is real: experiments 06 to 10, and planted worlds."""
+"""The numbers that decide whether what is found is real: experiments 06 to 14, and planted worlds."""
 
 from __future__ import annotations
 
