@@ -33,6 +33,7 @@ SINGLE = {
     "first_cuts": "12", "longer": "8", "counts": "6", "mean_rates": "1", "refit_rates": "0.1", "dense_rates": "0.05",
     "rescued": "3,3", "sae_layers": "3", "swap_sizes": "4", "scales": 5, "n_pairs": "8", "places": "ff",
     "strengths": "0.1", "budgets": "0.3", "arrow_scales": "1", "factors": "1", "decays": "1",
+    "shots": "2",
 }  # fmt: skip
 TWICE = {"05_cross_task_steering": {"layers": "3,3", "most": "1,1"}}
 # Prose is held to paths too: this finds folders at the root of a disk and ~/, not a fraction or a route.
@@ -162,7 +163,8 @@ def test_settings_of_the_workflow_ask_of_an_experiment_only_what_those_before_it
         read = asked("21_function_vectors", "features_at")
         read = asked("21_function_vectors", "layers") if read == ["all"] else read
         assert set(read) <= {*made} & {*asked("21_function_vectors", "layers")}, model
-        assert set(asked("10_necessity", "layers")) <= {*made, *asked("04_detectors", "layers")}, model
+        for stem in ("10_necessity", "14_shots"):
+            assert set(asked(stem, "layers")) <= {*made, *asked("04_detectors", "layers")}, model
         assert set(asked("10_necessity", "rescued")) <= set(asked("10_necessity", "layers")), model
         assert set(asked("12_places", "layers")) <= set(made), model
         assert set(asked("12_places", "sizes")) <= set(asked("02_cleanup", "sizes")), model
@@ -411,3 +413,19 @@ def test_features_are_taken_away_beside_as_many_others_and_come_back_one_by_one(
     back = zeroed[zeroed["layer"].eq(3) & zeroed["together"].eq(1) & zeroed["method"].eq("own")]
     for _, part in back.groupby("kind"):
         assert sorted(part["back"]) == list(range(len(part))) and part["features"].min() == 0
+
+
+def test_a_long_prompt_stands_for_short_ones_and_a_rise_is_cut_in_two(tables_of):
+    table, course, growth, sums = (
+        pd.read_parquet(tables_of("14_shots") / f"14_shots{part}/tiny/antonyms.parquet")
+        for part in ("", "_course", "_growth", "_sums")
+    )
+    held = table[table["method"].eq("task_vector") & table["place"].eq("arrow")]
+    assert set(held["shots"]) == {0, 1, 2, 4} and set(table.loc[table["method"].eq("few_shot"), "shots"]) == {1, 2, 4}
+    assert held["validation_loss"].notna().all()
+    assert set(table["place"]) == {"none", "input", "arrow", "output", "newline"}
+    seen = course.groupby("place")["seen"].agg(["min", "max"])
+    assert seen.loc["arrow"].tolist() == [0, 4] and seen.loc["output"].tolist() == [1, 4]
+    numbers = growth.groupby(["kind", "layer", "method"]).size().unstack()
+    assert numbers["own"].equals(numbers["same_activation"].rename("own"))
+    assert set(sums["guess"]) == {"shown", "others", "constant"} and sums["explained"].dropna().le(1 + 1e-6).all()

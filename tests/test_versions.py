@@ -81,5 +81,6 @@ def test_a_file_that_is_no_version_is_named(folder):
 
 def test_the_claims_are_published_beside_the_pages(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "PUBLISHED", tmp_path / "claims.json")
+    monkeypatch.setattr(command, "CARDS", tmp_path / "cards")
     assert command.main([]) == 0
     assert json.loads((tmp_path / "claims.json").read_text())["claims"] == versions.current()

@@ -3,7 +3,7 @@
     python -m workflow.versions 3_first_saes "What is different afterwards, in a sentence."
 
 The page of changes holds each version against the next, and the last against today. Without arguments, today's claims
-go beside the built pages, as claims.json.
+go beside the built pages, as claims.json, and a card for each page, as cards/NN_name.json.
 """
 
 import argparse
@@ -13,11 +13,13 @@ import re
 import sys
 from pathlib import Path
 
-from book.ledger import versions
+from book.ledger import cards, ledger, versions
+from book.ledger.claims import Book
 from nb_utils import files
 from nb_utils.record import tables
 
 PUBLISHED = tables.ROOT / "book/_extra/claims.json"
+CARDS = cards.folder()
 
 
 def _write(path: Path, content: dict) -> None:
@@ -33,7 +35,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("what", nargs="?", help="what is different afterwards, in a sentence")
     args = parser.parse_args(argv)
     if args.name is None:
-        _write(PUBLISHED, {"model": tables.MODEL, "claims": versions.current()})
+        book = Book()
+        judged = ledger.judged(book=book)
+        _write(PUBLISHED, {"model": tables.MODEL, "claims": versions.current(judged)})
+        for old in CARDS.glob("*.json"):
+            old.unlink()  # of a page that is no longer there
+        for card in cards.cards(book, judged):
+            _write(CARDS / f"{card['page']}.json", card)
         return 0
     if not args.what:
         print("Say what is different afterwards, in a sentence.", file=sys.stderr)

@@ -14,7 +14,6 @@ import pandas as pd
 from pandas.io.formats.style import Styler
 
 from book.ledger import contents, ledger
-from book.ledger.claims import Book
 from nb_utils.record import tables
 from nb_utils.show import plots
 
@@ -27,13 +26,13 @@ class VersionError(ValueError):
     """A kept version that cannot be read; the message says what to do."""
 
 
-def current(book: Book | None = None) -> list[dict]:
+def current(judged: Mapping[str, ledger.Row] | None = None) -> list[dict]:
     """Return every claim of the pages there are: verdict, number and 95 % interval, numbers of tasks and bound.
 
-    JSON can hold it.
+    JSON can hold it. ``judged``: what `ledger.judged` returns (None: of today's tables).
     """
     found = []
-    for claim, row in ((row.claim, row) for row in ledger.judged(book=book).values()):
+    for claim, row in ((row.claim, row) for row in (judged or ledger.judged()).values()):
         if not contents.is_there(claim.page):
             continue
         one = {"id": claim.id, "page": claim.page, "source": claim.source, "claim": claim.claim, "unit": claim.unit}

@@ -75,6 +75,7 @@ COLORS = {
     "same_activation": "#7A5195",
     "same_density": "#9A6A3A",
     "most_active": "#2F6B4F",
+    "one_example_stretched": "#B5651D",
 }
 MARKERS = {
     "centred_best_scale": "s",
@@ -118,6 +119,7 @@ MARKERS = {
     "same_activation": "p",
     "same_density": "d",
     "most_active": "8",
+    "one_example_stretched": "H",
 }
 LABELS = {
     "zero_shot": "zero-shot",
@@ -167,6 +169,7 @@ LABELS = {
     "same_activation": "of equal activation",
     "same_density": "random, equal density",
     "most_active": "most active",
+    "one_example_stretched": "one example stretched",
 }
 # Where a vector of every token stands.
 STEERED = {
