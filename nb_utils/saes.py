@@ -12,6 +12,7 @@ import json
 import os
 import re
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -226,6 +227,58 @@ def random(model: Model, layer: int, d_sae: int = 64, seed: int = 0) -> Sae:
         name=f"random.{hook}", sae_set="random", hook_name=hook, layer=layer, architecture="jumprelu", k=None,
         sha256=digest.hexdigest(), **tensors,
     )
+
+
+def controls(model: Model, names: Iterable[str], layer: int) -> dict[str, Sae]:
+    """Load, of the sets that the shipped one is held against, those that are here and have an SAE after a block.
+
+    They lie in ``controls/<model>/<name>`` of `shipped`, where `workflow.train_saes` puts them
+    (workflow/dictionaries.yaml names them all); none comes with the book.
+    """
+    home = shipped() / "controls" / _last(_place(model.name))
+    here = [name for name in names if (home / name).is_dir() and layer in _folder_layers(home / name)]
+    return {name: load(model, home / name, layer) for name in here}
+
+
+@torch.no_grad()
+def untrained(
+    name: str, layer: int, directions: Float[Tensor, "d_sae d_in"], x: Float[Tensor, "tokens d_in"], l0: float
+) -> Sae:
+    """Build a dictionary of given directions that nobody trained: a tied encoder, one threshold, one gain.
+
+    ``x``: the residual stream after block ``layer``, recorded on some text. A latent is on where ``x`` less its mean
+    goes further along the latent's unit direction than a threshold, the same for all, at which ``l0`` of them are on
+    for a token of ``x`` on average: the convention of BatchTopK. Codes are these lengths times the one gain at which
+    they reconstruct ``x`` best (1 where directions are orthogonal).
+    """
+    W_dec, mean = torch.nn.functional.normalize(directions.float(), dim=1), x.mean(0)
+    centred = x - mean
+    pre = centred @ W_dec.T
+    threshold = pre.flatten().topk(round(l0 * len(x)) + 1).values[-1].clamp_min(0)
+    found = torch.where(pre > threshold, pre, 0) @ W_dec
+    gain = (found * centred).sum() / found.square().sum()
+    tensors = {
+        "W_enc": (gain * W_dec.T).contiguous(), "b_enc": -gain * (W_dec @ mean), "W_dec": W_dec, "b_dec": mean,
+        "threshold": (gain * threshold).expand(len(W_dec)).contiguous(),
+    }
+    digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors.values()))
+    return Sae(
+        name=name, sae_set=name, hook_name=f"blocks.{layer}.hook_resid_post", layer=layer, architecture="jumprelu",
+        k=None, sha256=digest.hexdigest(), **tensors,
+    )
+
+
+def orthonormal(d_in: int, seed: int = 0) -> Float[Tensor, "2*d_in d_in"]:
+    """Draw orthonormal directions, each with its opposite."""
+    drawn = torch.randn(d_in, d_in, generator=torch.Generator().manual_seed(seed))
+    basis = torch.linalg.qr(drawn).Q
+    return torch.cat([basis, -basis])
+
+
+def components(x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "2*d_in d_in"]:
+    """Return the principal components of a recorded residual stream, each with its opposite."""
+    basis = torch.linalg.eigh(torch.cov(x.T.double())).eigenvectors.T.flip(0).to(x.dtype)
+    return torch.cat([basis, -basis])
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ SINGLE = {
     "task": "en_es", "layers": "3", "atoms": "4", "penalties": "1", "sizes": "4", "templates": "arrow", "seeds": 1,
     "first_cuts": "12", "longer": "8", "counts": "6", "mean_rates": "1", "refit_rates": "0.1", "dense_rates": "0.05",
     "rescued": "3,3", "sae_layers": "3", "swap_sizes": "4", "scales": 5, "n_pairs": "8", "places": "ff",
-    "strengths": "0.1", "budgets": "0.3", "arrow_scales": "1",
+    "strengths": "0.1", "budgets": "0.3", "arrow_scales": "1", "sets": "second_seed", "widths": "1024", "actives": "20",
 }  # fmt: skip
 TWICE = {"05_cross_task_steering": {"layers": "3,3", "most": "1,1"}}
 # Prose is held to paths too: this finds folders at the root of a disk and ~/, not a fraction or a route.
