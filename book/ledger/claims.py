@@ -570,6 +570,55 @@ class Book:
                 shares[task] = left.index[left <= left.loc[0] / 2].min() / left.index.max()
         return pd.Series(shares, dtype=float)
 
+    # Experiment 11
+
+    @cached_property
+    def dictionaries(self) -> pd.DataFrame:
+        return self.table("11_dictionaries")
+
+    @property
+    def late_dictionaries(self) -> int:
+        """The last block where dictionaries are compared."""
+        return int(self.dictionaries["layer"].max())
+
+    @property
+    def early_dictionaries(self) -> int:
+        """The first one."""
+        return int(self.dictionaries.loc[self.dictionaries["layer"] >= 0, "layer"].min())
+
+    @property
+    def features_kept(self) -> int:
+        """The features of a dictionary that steer alone and are taken away."""
+        return int(self.setting("11_dictionaries", "most"))
+
+    def by_dictionary(self, name: str, method: str = "prune_contrast", layer: int | None = None) -> pd.DataFrame:
+        """Return the test rows of one dictionary, at the late block if no other is named.
+
+        Pruned vectors keep `k` features; cleaned ones have the penalty that validates best; of single features the one
+        that does.
+        """
+        at = {"dictionary": name, "method": method, "layer": self.late_dictionaries if layer is None else layer}
+        at |= {"k": self.k} if method == "prune_contrast" else {}
+        found = rows(self.dictionaries, **at)
+        if found.empty:
+            raise ClaimError(f"Experiment 11 has no {method} rows of the dictionary {name} at block {at['layer']}.")
+        if method == "single":
+            found = found.loc[found.groupby(["task", "seed"])["validation_loss"].idxmin()]
+        return choose(found) if method == "clean" else found
+
+    @property
+    def fair(self) -> str:
+        """The trained dictionary that learned from as much text as the frozen ones, if it is there."""
+        return "first_seed" if "first_seed" in set(self.dictionaries["dictionary"]) else "trained"
+
+    def recurring(self) -> pd.DataFrame:
+        """Return the features of the dictionary `fair` that steered alone, with their best matches in a second seed."""
+        alone = rows(self.dictionaries, dictionary=self.fair, method="single")
+        found = rows(self.read("stability"), first=self.fair, second="second_seed")
+        if found.empty or alone.empty:
+            raise ClaimError("No second seed was trained to find the features again in.")
+        return alone.merge(found[["layer", "latent", "cosine", "correlation"]], on=["layer", "latent"])
+
     # Experiment 13
 
     def planted(self, method: str, column: str = "f1", dictionary: str = "true") -> pd.Series:

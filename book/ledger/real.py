@@ -1,4 +1,4 @@
-"""The numbers that decide whether what is found is real: experiments 06 to 10, and planted worlds."""
+"""The numbers that decide whether what is found is real: experiments 06 to 11, and planted worlds."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import pandas as pd
 from book.ledger.claims import Book, ClaimError, number, relative
 from nb_utils import statistics
 from nb_utils.statistics import Comparison, compare, over_tasks, rows
+
+RECURS = 0.7  # cosine from which on a feature counts as found again in another dictionary
 
 # 06 Training prompts
 
@@ -193,3 +195,68 @@ def cleaning_finds_fewer(book: Book) -> Comparison:
 @number
 def spoiled_dictionaries_hide(book: Book) -> Comparison:
     return over_tasks(book.planted("prune_contrast", dictionary="spoiled") - book.planted("prune_contrast"))
+
+
+# 11 Dictionaries: does it take a trained one?
+
+
+@number
+def training_beats_orthonormal(book: Book) -> Comparison:
+    return compare(book.by_dictionary("trained"), book.by_dictionary("orthonormal"))
+
+
+@number
+def training_beats_components(book: Book) -> Comparison:
+    return compare(book.by_dictionary("trained"), book.by_dictionary("components"))
+
+
+@number
+def training_beats_unembedding(book: Book) -> Comparison:
+    return compare(book.by_dictionary("trained"), book.by_dictionary("unembedding"))
+
+
+@number
+def training_beats_frozen_decoder(book: Book) -> Comparison:
+    return compare(book.by_dictionary(book.fair), book.by_dictionary("frozen_decoder"))
+
+
+@number
+def training_beats_frozen_encoder(book: Book) -> Comparison:
+    return compare(book.by_dictionary(book.fair), book.by_dictionary("frozen_encoder"))
+
+
+@number
+def training_cleans_better(book: Book) -> Comparison:
+    return compare(book.by_dictionary("trained", "clean"), book.by_dictionary("orthonormal", "clean"))
+
+
+@number
+def training_steers_more(book: Book) -> Comparison:
+    best = min(("orthonormal", "components", "unembedding"),
+               key=lambda name: book.by_dictionary(name, "single")["rel_loss"].mean())  # fmt: skip
+    return over_tasks(relative(book.by_dictionary("trained", "single")) - relative(book.by_dictionary(best, "single")))
+
+
+@number
+def training_is_needed_more(book: Book) -> Comparison:
+    def beyond(name: str) -> pd.Series:
+        own, other = (book.by_dictionary(name, method) for method in ("own", "same_activation"))
+        return own.groupby("task")["necessity"].mean() - other.groupby("task")["necessity"].mean()
+
+    return over_tasks(beyond("trained") - beyond("orthonormal"))
+
+
+@number
+def features_recur(book: Book) -> Comparison:
+    found = book.recurring()
+    return over_tasks(found.groupby("task")["cosine"].apply(lambda cosines: (cosines >= RECURS).mean()))
+
+
+@number
+def recurrence_predicts_effect(book: Book) -> Comparison:
+    """Rank correlations, so that no one feature decides."""
+    found = book.recurring()
+    return over_tasks(pd.Series({
+        task: part["cosine"].corr(-part["rel_loss"], method="spearman")
+        for (task, layer), part in found.groupby(["task", "layer"]) if layer == book.late_dictionaries
+    }))  # fmt: skip
