@@ -1,7 +1,7 @@
-"""Find every feature again in dictionaries that were trained otherwise: its best match by direction and by activation.
+"""Find every feature again in dictionaries that were trained otherwise: its best match by direction, by activation.
 
-Run as ``python -m workflow.stability``, after `workflow.train_saes` has made the sets to compare with (``--sets``). Held
-against each of them are the shipped set and, of as much text as theirs, ``first_seed``. Directions are compared by
+Run as ``python -m workflow.stability``, after `workflow.train_saes` has made the sets to compare with (``--sets``).
+Held against each are the shipped set and, of as much text as theirs, ``first_seed``. Directions are compared by
 cosine, activations by their correlation over held-out text, BOS left out.
 """
 

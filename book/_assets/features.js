@@ -22,7 +22,7 @@ for (const table of tables)
     button.addEventListener("click", () => {
       const up = head.getAttribute("aria-sort") !== "ascending";
       const rows = [...table.tBodies[0].rows].map((row) => [key(row.cells[head.cellIndex]), row]);
-      const numbers = ["feature", "density", "helps most"].includes(button.textContent);
+      const numbers = ["feature", "alone", "detection", "again"].includes(button.textContent);
       rows.sort(([a], [b]) => (numbers && a[0] !== b[0] ? a[0] - b[0] : a[1].localeCompare(b[1])));
       for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
       head.setAttribute("aria-sort", up ? "ascending" : "descending");

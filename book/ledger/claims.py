@@ -16,6 +16,7 @@ import pandas as pd
 
 from nb_utils import statistics, tasks
 from nb_utils.record import tables
+from nb_utils.show import evidence
 from nb_utils.statistics import Comparison, best_layer, choose, over_tasks, rows
 
 NUMBERS: dict[str, Callable[[Book], Comparison | float]] = {}
@@ -618,6 +619,25 @@ class Book:
         if found.empty or alone.empty:
             raise ClaimError("No second seed was trained to find the features again in.")
         return alone.merge(found[["layer", "latent", "cosine", "correlation"]], on=["layer", "latent"])
+
+    # Experiment 12, and labels
+
+    @cached_property
+    def labelled(self) -> pd.DataFrame:
+        """The labels of features with their scores, a row for every task that keeps one, of the tasks that count."""
+        kept = evidence.surviving(self.model, self.folder)[["layer", "latent", "task"]].drop_duplicates()
+        found = self.read("labels").merge(kept, on=["layer", "latent"])
+        return found[found["task"].map(self.done).fillna(False).astype(bool)]
+
+    def told(self, score: str) -> pd.Series:
+        """Return how much better a task's features score with their labels than with those of other features."""
+        found = self.labelled.dropna(subset=[score, f"{score}_shuffled"]).groupby("task")
+        return found[score].mean() - found[f"{score}_shuffled"].mean()
+
+    def alone(self, own: bool) -> pd.Series:
+        """Return the share of a task's features, or of other tasks', that lower its loss alone."""
+        found = rows(self.table("12_labels"), which="best", in_clean=own)
+        return found[found["latent"] >= 0].groupby("task")["rel_loss"].apply(lambda changes: (changes < 0).mean())
 
     # Experiment 13
 

@@ -1,4 +1,4 @@
-"""The numbers that decide whether what is found is real: experiments 06 to 11, and planted worlds."""
+"""The numbers that decide whether what is found is real: experiments 06 to 12, and planted worlds."""
 
 from __future__ import annotations
 
@@ -260,3 +260,31 @@ def recurrence_predicts_effect(book: Book) -> Comparison:
         task: part["cosine"].corr(-part["rel_loss"], method="spearman")
         for (task, layer), part in found.groupby(["task", "layer"]) if layer == book.late_dictionaries
     }))  # fmt: skip
+
+
+# 12 Labels: can they be wrong?
+
+
+@number
+def labels_tell_where(book: Book) -> Comparison:
+    return over_tasks(book.told("detection"))
+
+
+@number
+def contexts_are_alike(book: Book) -> Comparison:
+    return over_tasks(book.labelled.groupby("task")["intruder"].mean())
+
+
+@number
+def labels_tell_what_rises(book: Book) -> Comparison:
+    return over_tasks(book.told("output"))
+
+
+@number
+def labels_tell_tasks(book: Book) -> Comparison:
+    return over_tasks(book.told("prediction"))
+
+
+@number
+def own_features_help_alone(book: Book) -> Comparison:
+    return over_tasks(book.alone(own=True) - book.alone(own=False))
