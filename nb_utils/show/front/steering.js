@@ -39,7 +39,7 @@ function render({ model, el: root }) {
   const task = el("select", { "data-field": "task" });
   const example = el("select", { "data-field": "example" });
   const layer = el("select", { "data-field": "layer" });
-  const search = el("input", { type: "search", placeholder: "number, method or token", "data-field": "search" });
+  const search = el("input", { type: "search", placeholder: "number, method, label or token", "data-field": "search" });
   const features = el("select", { size: 7, "data-field": "feature" });
   const latent = el("input", { type: "number", min: 0, step: 1, "data-field": "latent" });
   const scale = el("input", { type: "range", min: 0, step: 1, "data-field": "scale" });
@@ -81,8 +81,8 @@ function render({ model, el: root }) {
     const described = all.map((f) => {
       const known = data.evidence[`${shown.layer}:${f.latent}`];
       const name = f.latent < 0 ? "all pruned features together" : `feature ${f.latent}`;
-      const tokens = known?.promoted?.length ? ` · ${known.promoted.slice(0, 3).map(visible).join(" ")}` : "";
-      return [f.latent, f.latent < 0 ? name : `${name} · ${f.method}, weight ${number(f.weight)}${tokens}`, `${name} ${f.method} ${(known?.promoted ?? []).join(" ")}`.toLowerCase()];
+      const tokens = known?.label ? ` · ${visible(known.label)}` : known?.promoted?.length ? ` · ${known.promoted.slice(0, 3).map(visible).join(" ")}` : "";
+      return [f.latent, f.latent < 0 ? name : `${name} · ${f.method}, weight ${number(f.weight)}${tokens}`, `${name} ${f.method} ${known?.label ?? ""} ${(known?.promoted ?? []).join(" ")}`.toLowerCase()];
     });
     const found = described.filter(([, , text]) => words.every((w) => text.includes(w)));
     if (keep && shown.latent === null && found.length) shown.latent = found[0][0];
