@@ -11,6 +11,7 @@ function bars(view, color) {
 function evidenceOf(found, elsewhere, titles) {
   const parts = [];
   if (found) {
+    if (found.label) parts.push(el("p", {}, "Label: ", el("strong", {}, visible(found.label))));
     parts.push(el("p", {}, `Fires on ${(100 * found.density).toPrecision(2)} % of tokens; largest activation ${Math.round(found.max_activation)}.`));
     if (found.promoted.length) parts.push(el("p", {}, "Promotes: ", ...found.promoted.slice(0, 8).flatMap((t) => [el("code", {}, visible(t)), " "])));
     if (found.suppressed.length) parts.push(el("p", {}, "Suppresses: ", ...found.suppressed.slice(0, 8).flatMap((t) => [el("code", {}, visible(t)), " "])));
