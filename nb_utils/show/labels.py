@@ -17,7 +17,7 @@ import pandas as pd
 from jaxtyping import Float
 
 WORDS = 3  # at most of each sort in a label
-SHARE, LIFT, LEAST = 0.08, 3.0, 2  # of firing tokens that a word needs; over its share of all tokens; how often
+SHARE, LIFT, LEAST = 0.05, 3.0, 2  # of firing tokens that a word needs; over its share of all tokens; how often
 MOST = 0.5  # share of the activation from which a kind of token, or a language, is in the label
 BINS = 5  # equal parts of the activations, from the weakest to the strongest
 LANGUAGES = {"en": "English", "de": "German", "es": "Spanish", "fr": "French", "it": "Italian"}
