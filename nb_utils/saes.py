@@ -242,29 +242,29 @@ def controls(model: Model, names: Iterable[str], layer: int) -> dict[str, Sae]:
 
 @torch.no_grad()
 def untrained(
-    name: str, layer: int, directions: Float[Tensor, "d_sae d_in"], x: Float[Tensor, "tokens d_in"], l0: float
+    name: str, layer: int, directions: Float[Tensor, "d_sae d_in"], x: Float[Tensor, "tokens d_in"], k: int
 ) -> Sae:
-    """Build a dictionary of given directions that nobody trained: a tied encoder, one threshold, one gain.
+    """Build a dictionary of given directions that nobody trained: a tied encoder, the ``k`` largest codes, one gain.
 
-    ``x``: the residual stream after block ``layer``, recorded on some text. A latent is on where ``x`` less its mean
-    goes further along the latent's unit direction than a threshold, the same for all, at which ``l0`` of them are on
-    for a token of ``x`` on average: the convention of BatchTopK. Codes are these lengths times the one gain at which
-    they reconstruct ``x`` best (1 where directions are orthogonal).
+    ``x``: the residual stream after block ``layer``, recorded on some text. On are the ``k`` latents along whose unit
+    direction ``x`` less its mean goes farthest; a threshold would go by the few tokens that are many times as long as
+    the rest. Codes are these lengths times the one gain at which they reconstruct ``x`` best, every token weighing the
+    same (about 1 where directions are orthogonal).
     """
     W_dec, mean = torch.nn.functional.normalize(directions.float(), dim=1), x.mean(0)
     centred = x - mean
-    pre = centred @ W_dec.T
-    threshold = pre.flatten().topk(round(l0 * len(x)) + 1).values[-1].clamp_min(0)
-    found = torch.where(pre > threshold, pre, 0) @ W_dec
-    gain = (found * centred).sum() / found.square().sum()
+    top = (centred @ W_dec.T).topk(k)
+    found = torch.zeros(len(x), len(W_dec)).scatter(1, top.indices, top.values.relu()) @ W_dec
+    weight = centred.square().sum(1, keepdim=True).clamp_min(1e-9).reciprocal()
+    gain = (weight * found * centred).sum() / (weight * found.square()).sum()
     tensors = {
         "W_enc": (gain * W_dec.T).contiguous(), "b_enc": -gain * (W_dec @ mean), "W_dec": W_dec, "b_dec": mean,
-        "threshold": (gain * threshold).expand(len(W_dec)).contiguous(),
+        "threshold": torch.zeros(len(W_dec)),
     }
     digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors.values()))
     return Sae(
-        name=name, sae_set=name, hook_name=f"blocks.{layer}.hook_resid_post", layer=layer, architecture="jumprelu",
-        k=None, sha256=digest.hexdigest(), **tensors,
+        name=name, sae_set=name, hook_name=f"blocks.{layer}.hook_resid_post", layer=layer, architecture="topk", k=k,
+        sha256=digest.hexdigest(), **tensors,
     )
 
 
@@ -276,8 +276,12 @@ def orthonormal(d_in: int, seed: int = 0) -> Float[Tensor, "2*d_in d_in"]:
 
 
 def components(x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "2*d_in d_in"]:
-    """Return the principal components of a recorded residual stream, each with its opposite."""
-    basis = torch.linalg.eigh(torch.cov(x.T.double())).eigenvectors.T.flip(0).to(x.dtype)
+    """Return the principal components of a recorded residual stream, each with its opposite.
+
+    Of the directions of tokens from their mean, so that the few that are many times as long as the rest weigh as much.
+    """
+    unit = torch.nn.functional.normalize((x - x.mean(0)).double(), dim=1)
+    basis = torch.linalg.eigh(unit.T @ unit).eigenvectors.T.flip(0).to(x.dtype)
     return torch.cat([basis, -basis])
 
 

@@ -232,8 +232,11 @@ def training_cleans_better(book: Book) -> Comparison:
 
 @number
 def training_steers_more(book: Book) -> Comparison:
-    best = min(("orthonormal", "components", "unembedding"),
-               key=lambda name: book.by_dictionary(name, "single")["rel_loss"].mean())  # fmt: skip
+    there = set(rows(book.dictionaries, method="single", layer=book.late_dictionaries)["dictionary"])
+    rivals = there & {"orthonormal", "components", "unembedding"}
+    if not rivals:
+        raise ClaimError("No untrained dictionary kept a feature to steer with.")
+    best = min(sorted(rivals), key=lambda name: book.by_dictionary(name, "single")["rel_loss"].mean())
     return over_tasks(relative(book.by_dictionary("trained", "single")) - relative(book.by_dictionary(best, "single")))
 
 
