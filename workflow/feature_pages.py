@@ -100,8 +100,8 @@ def _summary(features: Sequence[Feature]) -> str:
         middle = [f"{pd.Series(found).median():.2f}" if found else "–" for found in (named, again)]
         helps = f"{sum(change < 0 for change in tried)} of {len(tried)}" if tried else "no causal test"
         rows.append([f'<a href="#block-{layer}">{layer}</a>', *map(str, kinds), helps, *middle])
-    heads = ["block", *(f"{kind}s" for kind in evidence.SOURCES), "help a task alone", "detection", "again"]
-    return evidence.table(heads, rows)
+    heads = ["block", *(f"{kind}s" for kind in evidence.SOURCES), "help alone", "detection", "again"]
+    return evidence.table(heads, rows, "nb-brief")
 
 
 def _row(feature: Feature) -> list[str]:
