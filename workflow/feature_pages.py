@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+import pandas as pd
+
 from nb_utils import files
 from nb_utils.record import tables
 from nb_utils.show import evidence, plots
@@ -25,10 +27,14 @@ def page(feature: Feature) -> str:
     parts = [
         f"# {feature.title}",
         evidence.block(f"{SHORT}<p>{evidence.summary(feature)}</p>"),
+        evidence.block(evidence.label(feature)),
         evidence.block(f"<p>Vectors that keep it: {evidence.kept(feature)}.</p>"),
         "## Where it fires",
         evidence.block(evidence.density(feature)),
         evidence.block(evidence.examples(feature)),
+        "Weaker activations say more about a feature than its strongest do: examples of all fifths of its activations "
+        "follow, 5/5 the strongest.",
+        evidence.block(evidence.quantiles(feature)),
         "## What its direction promotes",
         evidence.block(evidence.promoted(feature)),
         "The decoder direction through the final norm and the unembedding, less its mean over the vocabulary. "
@@ -39,6 +45,11 @@ def page(feature: Feature) -> str:
         evidence.block(evidence.steering(feature)),
         "Scale is in units of the mean residual norm at the steered token, chosen on validation prompts; losses and "
         "accuracy are on test prompts. The random direction is the best on these, which favours it.",
+        "## How far to trust the label",
+        evidence.block(evidence.scores(feature)),
+        "The label is made of evidence alone, from half of the documents; the other half scores it. Detection, output "
+        "and prediction are areas under the ROC curve.",
+        evidence.block(evidence.stability(feature)),
         "[All features](index.md), with the sources of the text",
     ]
     return "\n\n".join(parts) + "\n"
@@ -49,8 +60,10 @@ def index(features: Sequence[Feature], sources: Sequence[dict]) -> str:
     parts = [
         "# Features",
         f"The {len(features)} features that cleaned and pruned vectors keep, and those that experiment 05 steers with. "
-        "A feature's number is its place in the SAE of its block; no feature has a name. The percentage is what the "
-        "feature alone, added at its best scale, does to the loss of a task."
+        "A feature's number is its place in the SAE of its block. *Alone* is what it does to the loss of the task that "
+        "it helps most, added at its best scale. Labels are made of evidence alone; *detection* says how well a label "
+        "tells where the feature fires (0.50 is chance), *again* how near to its direction an SAE of another seed "
+        "comes (a cosine)."
         if features
         else "There are no features yet: experiments 02 and 04 find them.",
     ]
@@ -59,9 +72,10 @@ def index(features: Sequence[Feature], sources: Sequence[dict]) -> str:
             evidence.block(f'{SHORT}<p><label>Show only rows with <input type="search" id="nb-filter"></label> '
                    "(click on a column's name to sort)</p>")
         )  # fmt: skip
+        parts.append(evidence.block(_summary(features)))
     for layer in sorted({feature.layer for feature in features}):
         rows = [_row(feature) for feature in features if feature.layer == layer]
-        heads = ["feature", "kind", "kept in the vector of", "helps most", "density", "promotes", "first example"]
+        heads = ["feature", "label", "kept in the vector of", "alone", "detection", "again"]
         parts += [f"## Block {layer}", evidence.block(evidence.table(heads, rows, "nb-sortable"))]
     parts += [
         "## Sources of the text",
@@ -74,23 +88,33 @@ def index(features: Sequence[Feature], sources: Sequence[dict]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _summary(features: Sequence[Feature]) -> str:
+    """Return a table of one row a block: how many features there are, and what is known of them in the middle."""
+    rows = []
+    for layer in sorted({feature.layer for feature in features}):
+        own = [feature for feature in features if feature.layer == layer]
+        kinds = [sum(kind in set(feature.kept["kind"]) for feature in own) for kind in evidence.SOURCES]
+        tried = [feature.steering["rel_loss"].min() for feature in own if len(feature.steering)]
+        named = [feature.label["detection"] for feature in own if feature.label]
+        again = [feature.again["cosine"] for feature in own if feature.again]
+        middle = [f"{pd.Series(found).median():.2f}" if found else "–" for found in (named, again)]
+        helps = f"{sum(change < 0 for change in tried)} of {len(tried)}" if tried else "no causal test"
+        rows.append([f'<a href="#block-{layer}">{layer}</a>', *map(str, kinds), helps, *middle])
+    heads = ["block", *(f"{kind}s" for kind in evidence.SOURCES), "help alone", "detection", "again"]
+    return evidence.table(heads, rows, "nb-brief")
+
+
 def _row(feature: Feature) -> list[str]:
     best = feature.steering.sort_values("rel_loss", kind="stable").head(1).to_dict("records")
-    helps = [f"{evidence.show(plots.title(r['task']))} {evidence.percent(r['rel_loss'])}" for r in best]
-    seen = feature.seen or {"promoted": [], "examples": [], "density": None}
-    first = "".join(
-        f'<q class="nb-text">…{evidence.show(e["before"][-30:])}<mark>{evidence.show(e["token"])}</mark>'
-        f'{evidence.show(e["after"][:15])}…</q>'
-        for e in list(seen["examples"])[:1]
-    )
+    helps = [f"{evidence.percent(r['rel_loss'])} {evidence.show(plots.title(r['task']))}" for r in best]
+    label, again = feature.label or {}, feature.again or {}
     return [
         f'<a href="{feature.name}.html">{feature.latent}</a>',
-        ", ".join(sorted(set(feature.kept["kind"]))),
+        evidence.show(label.get("label", "no label")),
         evidence.kept(feature, most=2),
         "".join(helps) or "no causal test",
-        "–" if seen["density"] is None else f"{100 * seen['density']:.3g} %",
-        " ".join(evidence.token(found["token"]) for found in list(seen["promoted"])[:3]) or "–",
-        first or "–",
+        evidence.share(label.get("detection")),
+        evidence.share(again.get("cosine")),
     ]
 
 

@@ -16,6 +16,7 @@ import pandas as pd
 
 from nb_utils import statistics, tasks
 from nb_utils.record import tables
+from nb_utils.show import evidence
 from nb_utils.statistics import Comparison, best_layer, choose, over_tasks, rows
 
 NUMBERS: dict[str, Callable[[Book], Comparison | float]] = {}
@@ -569,6 +570,74 @@ class Book:
             if left.loc[0] >= 0.1:
                 shares[task] = left.index[left <= left.loc[0] / 2].min() / left.index.max()
         return pd.Series(shares, dtype=float)
+
+    # Experiment 11
+
+    @cached_property
+    def dictionaries(self) -> pd.DataFrame:
+        return self.table("11_dictionaries")
+
+    @property
+    def late_dictionaries(self) -> int:
+        """The last block where dictionaries are compared."""
+        return int(self.dictionaries["layer"].max())
+
+    @property
+    def early_dictionaries(self) -> int:
+        """The first one."""
+        return int(self.dictionaries.loc[self.dictionaries["layer"] >= 0, "layer"].min())
+
+    @property
+    def features_kept(self) -> int:
+        """The features of a dictionary that steer alone and are taken away."""
+        return int(self.setting("11_dictionaries", "most"))
+
+    def by_dictionary(self, name: str, method: str = "prune_contrast", layer: int | None = None) -> pd.DataFrame:
+        """Return the test rows of one dictionary, at the late block if no other is named.
+
+        Pruned vectors keep `k` features; cleaned ones have the penalty that validates best; of single features the one
+        that does.
+        """
+        at = {"dictionary": name, "method": method, "layer": self.late_dictionaries if layer is None else layer}
+        at |= {"k": self.k} if method == "prune_contrast" else {}
+        found = rows(self.dictionaries, **at)
+        if found.empty:
+            raise ClaimError(f"Experiment 11 has no {method} rows of the dictionary {name} at block {at['layer']}.")
+        if method == "single":
+            found = found.loc[found.groupby(["task", "seed"])["validation_loss"].idxmin()]
+        return choose(found) if method == "clean" else found
+
+    @property
+    def fair(self) -> str:
+        """The trained dictionary that learned from as much text as the frozen ones, if it is there."""
+        return "first_seed" if "first_seed" in set(self.dictionaries["dictionary"]) else "trained"
+
+    def recurring(self) -> pd.DataFrame:
+        """Return the features of the dictionary `fair` that steered alone, with their best matches in a second seed."""
+        alone = rows(self.dictionaries, dictionary=self.fair, method="single")
+        found = rows(self.read("stability"), first=self.fair, second="second_seed")
+        if found.empty or alone.empty:
+            raise ClaimError("No second seed was trained to find the features again in.")
+        return alone.merge(found[["layer", "latent", "cosine", "correlation"]], on=["layer", "latent"])
+
+    # Experiment 12, and labels
+
+    @cached_property
+    def labelled(self) -> pd.DataFrame:
+        """The labels of features with their scores, a row for every task that keeps one, of the tasks that count."""
+        kept = evidence.surviving(self.model, self.folder)[["layer", "latent", "task"]].drop_duplicates()
+        found = self.read("labels").merge(kept, on=["layer", "latent"])
+        return found[found["task"].map(self.done).fillna(False).astype(bool)]
+
+    def told(self, score: str) -> pd.Series:
+        """Return how much better a task's features score with their labels than with those of other features."""
+        found = self.labelled.dropna(subset=[score, f"{score}_shuffled"]).groupby("task")
+        return found[score].mean() - found[f"{score}_shuffled"].mean()
+
+    def alone(self, own: bool) -> pd.Series:
+        """Return the share of a task's features, or of other tasks', that lower its loss alone."""
+        found = rows(self.table("12_labels"), which="best", in_clean=own)
+        return found[found["latent"] >= 0].groupby("task")["rel_loss"].apply(lambda changes: (changes < 0).mean())
 
     # Experiment 13
 

@@ -30,7 +30,7 @@ FOLDER = tables.ROOT / "book/ledger"
 # How a number in a unit is written.
 UNITS = {
     "nats": "{:+.2f} nats", "features": "{:.1f} features", "share": "{:.0%}", "change of share": "{:+.1%}",
-    "relative loss": "{:+.0%}", "log ratio": "{:+.2f}", "1 − cosine": "{:.1e}",
+    "relative loss": "{:+.0%}", "log ratio": "{:+.2f}", "correlation": "{:+.2f}", "1 − cosine": "{:.1e}",
 }  # fmt: skip
 SIGNS = {"<": "<", "<=": "≤", ">": ">", ">=": "≥"}
 SOURCES = ("post", "paper", "ours")

@@ -8,6 +8,8 @@ from book.ledger.claims import Book, ClaimError, number, relative
 from nb_utils import statistics
 from nb_utils.statistics import Comparison, compare, over_tasks, rows
 
+RECURS = 0.7  # cosine from which on a feature counts as found again in another dictionary
+
 # 06 Training prompts
 
 
@@ -511,3 +513,99 @@ def explained(book: Book, method: str, guess: str) -> pd.Series:
     """Return the share of the change by several examples that a guess explains, at the block of `shots_layer`."""
     found = rows(book.table("14_shots_sums"), method=method, guess=guess, layer=shots_layer(book))
     return found.groupby("task")["explained"].mean()
+
+
+# 11 Dictionaries: does it take a trained one?
+
+
+@number
+def training_beats_orthonormal(book: Book) -> Comparison:
+    return compare(book.by_dictionary("trained"), book.by_dictionary("orthonormal"))
+
+
+@number
+def training_beats_components(book: Book) -> Comparison:
+    return compare(book.by_dictionary("trained"), book.by_dictionary("components"))
+
+
+@number
+def training_beats_unembedding(book: Book) -> Comparison:
+    return compare(book.by_dictionary("trained"), book.by_dictionary("unembedding"))
+
+
+@number
+def training_beats_frozen_decoder(book: Book) -> Comparison:
+    return compare(book.by_dictionary(book.fair), book.by_dictionary("frozen_decoder"))
+
+
+@number
+def training_beats_frozen_encoder(book: Book) -> Comparison:
+    return compare(book.by_dictionary(book.fair), book.by_dictionary("frozen_encoder"))
+
+
+@number
+def training_cleans_better(book: Book) -> Comparison:
+    return compare(book.by_dictionary("trained", "clean"), book.by_dictionary("orthonormal", "clean"))
+
+
+@number
+def training_steers_more(book: Book) -> Comparison:
+    there = set(rows(book.dictionaries, method="single", layer=book.late_dictionaries)["dictionary"])
+    rivals = there & {"orthonormal", "components", "unembedding"}
+    if not rivals:
+        raise ClaimError("No untrained dictionary kept a feature to steer with.")
+    best = min(sorted(rivals), key=lambda name: book.by_dictionary(name, "single")["rel_loss"].mean())
+    return over_tasks(relative(book.by_dictionary("trained", "single")) - relative(book.by_dictionary(best, "single")))
+
+
+@number
+def training_is_needed_more(book: Book) -> Comparison:
+    def beyond(name: str) -> pd.Series:
+        own, other = (book.by_dictionary(name, method) for method in ("own", "same_activation"))
+        return own.groupby("task")["necessity"].mean() - other.groupby("task")["necessity"].mean()
+
+    return over_tasks(beyond("trained") - beyond("orthonormal"))
+
+
+@number
+def features_recur(book: Book) -> Comparison:
+    found = book.recurring()
+    return over_tasks(found.groupby("task")["cosine"].apply(lambda cosines: (cosines >= RECURS).mean()))
+
+
+@number
+def recurrence_predicts_effect(book: Book) -> Comparison:
+    """Rank correlations, so that no one feature decides."""
+    found = book.recurring()
+    return over_tasks(pd.Series({
+        task: part["cosine"].corr(-part["rel_loss"], method="spearman")
+        for (task, layer), part in found.groupby(["task", "layer"]) if layer == book.late_dictionaries
+    }))  # fmt: skip
+
+
+# 12 Labels: can they be wrong?
+
+
+@number
+def labels_tell_where(book: Book) -> Comparison:
+    return over_tasks(book.told("detection"))
+
+
+@number
+def contexts_are_alike(book: Book) -> Comparison:
+    return over_tasks(book.labelled.groupby("task")["intruder"].mean())
+
+
+@number
+def labels_tell_what_rises(book: Book) -> Comparison:
+    return over_tasks(book.told("output"))
+
+
+@number
+def labels_tell_tasks(book: Book) -> Comparison:
+    return over_tasks(book.told("prediction"))
+
+
+@number
+def own_features_help_alone(book: Book) -> Comparison:
+    return over_tasks(book.alone(own=True) - book.alone(own=False))

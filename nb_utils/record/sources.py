@@ -23,7 +23,8 @@ SCRIPTS = {
     "13_ground_truth": "workflow/ground_truth.py",
     "benchmarks": "benchmarks/measure.py", "choices": "workflow/choices.py", "features": "workflow/collect_evidence.py",
     "explore_cleaning": "workflow/explore_grid.py", "explore_steering": "workflow/explore_grid.py",
-    "explore_tokens": "workflow/explore_grid.py", "saes": "workflow/measure_saes.py",
+    "explore_tokens": "workflow/explore_grid.py", "labels": "workflow/label_features.py",
+    "saes": "workflow/measure_saes.py", "stability": "workflow/stability.py",
 }  # fmt: skip
 
 

@@ -54,7 +54,13 @@ _EXAMPLE = {
     "before": pa.string(), "token": pa.string(), "after": pa.string(), "activation": pa.float32(),
     "source": pa.string(), "language": pa.string(),
 }  # fmt: skip
-RECORDS = {"features": {"examples": pa.list_(pa.struct(_EXAMPLE)), "promoted": _LOGITS, "suppressed": _LOGITS}}
+RECORDS = {
+    "features": {"examples": pa.list_(pa.struct(_EXAMPLE)), "promoted": _LOGITS, "suppressed": _LOGITS},
+    "labels": {
+        "quantiles": pa.list_(pa.struct({**_EXAMPLE, "quantile": pa.int32()})),
+        "fires": pa.list_(pa.string()), "promotes": pa.list_(pa.string()),
+    },
+}  # fmt: skip
 
 
 class TableError(ValueError):

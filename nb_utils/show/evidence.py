@@ -16,13 +16,21 @@ import pandas as pd
 
 from nb_utils import statistics
 from nb_utils.record import tables
-from nb_utils.show import plots
+from nb_utils.show import labels, plots
 from nb_utils.text import visible
 
 SOURCES = {"executor": "02_cleanup_features", "detector": "04_detectors_features"}
-STEERING, MASS, FEATURES = "05_cross_task_steering", "04_detectors_mass", "features"
+STEERING = ("05_cross_task_steering", "12_labels")  # the first counts where both have tried the same
+MASS, FEATURES, LABELS, STABILITY = "04_detectors_mass", "features", "labels", "stability"
 PLACES = {"executor": "at the separator", "detector": "at the dummy output of a one-shot prompt"}
 TOKEN_TYPES = ("input", "arrow", "output", "newline")
+# Scores of a label: their names, what they ask, and what a label that says nothing gets.
+SCORES = {
+    "detection": ("detection", "do its words tell where the feature fires from where it does not?", "0.50"),
+    "intruder": ("intruder", "is one context of another feature told from four of its own?", "0.20"),
+    "output": ("output", "do the words that it promotes rise when the feature is added?", "0.50"),
+    "prediction": ("prediction", "do these words tell the tasks that it helps from those that it harms?", "0.50"),
+}
 STEERED = ["kind", "task", "which", "scale", "loss", "rel_loss", "accuracy", "in_raw", "in_clean", "random"]
 FOUND = {"raw": "in_raw", "cleaned": "in_clean"}  # the vector of a task that holds a feature, and its column
 FIRED = ["kind", "task", "token_type", "mass", "density"]
@@ -39,7 +47,8 @@ class Feature:
     ``kept``: kind, task and weight, a row per cleaned or pruned vector that keeps it. ``seen``: its row of the table
     of `workflow.collect_evidence`, or None. ``mass``: by token type in few-shot prompts of those tasks. ``steering``:
     a row per task to whose prompts it was added alone, at its best scale (chosen on validation prompts); ``random`` is
-    the change of loss by the random direction that does best there.
+    the change of loss by the random direction that does best there. ``label``: its row of the table of
+    `workflow.label_features`; ``again``: that of `workflow.stability`, with its best match in a second seed.
     """
 
     layer: int
@@ -48,6 +57,8 @@ class Feature:
     seen: dict | None
     mass: pd.DataFrame
     steering: pd.DataFrame
+    label: dict | None = None
+    again: dict | None = None
 
     @property
     def name(self) -> str:
@@ -89,10 +100,13 @@ def load(model: str = tables.MODEL, folder: str | None = None) -> list[Feature]:
     mass, steering = _measured(MASS, model, folder), _steered(model, folder)
     if seen is not None:
         seen = seen[[key in wanted for key in zip(seen["layer"], seen["latent"], strict=True)]]
-    rows = {} if seen is None else {(row["layer"], row["latent"]): row for row in seen.to_dict("records")}
+    again = _measured(STABILITY, model, folder)
+    again = None if again is None else statistics.rows(again, first="shipped", second="second_seed")
+    rows, named, found = map(_by_key, (seen, _measured(LABELS, model, folder), again))
     fired, moved = _by_feature(mass, FIRED), _by_feature(steering, STEERED)
     return [
-        Feature(*key, part.drop(columns=["layer", "latent"]), rows.get(key), fired(key), moved(key))
+        Feature(*key, part.drop(columns=["layer", "latent"]), rows.get(key), fired(key), moved(key), named.get(key),
+                found.get(key))
         for key, part in kept.groupby(["layer", "latent"])
     ]
 
@@ -113,16 +127,19 @@ def page(layer: int, latent: int) -> str | None:
 def link(layer: int, latent: int, text: str | None = None) -> str:
     """Return the feature's number (or ``text``, shown as it is) as a link to its page, or plain if it has none.
 
-    HTML, for a cell of `plots.table`.
+    HTML, for a cell of `plots.table`. Its label, if it has one, stands behind the number.
     """
     shown = escape(str(int(latent)) if text is None else text)
     address = page(layer, latent)
-    return f'<a href="{address}">{shown}</a>' if address else shown
+    shown = f'<a href="{address}">{shown}</a>' if address else shown
+    label = _labels(os.environ.get("NB_TABLES", "")).get((int(layer), int(latent)))
+    return shown if label is None or text is not None else f'{shown} <small class="nb-label">{show(label)}</small>'
 
 
 def links(layer: int, latents: Iterable[int]) -> str:
     """Return a line of links, for the features that a figure above it names: links inside of an image do not work."""
-    return block(f"<p>Block {int(layer)}: {' · '.join(link(layer, latent) for latent in latents)}</p>")
+    named = (link(layer, latent, str(int(latent))) for latent in latents)
+    return block(f"<p>Block {int(layer)}: {' · '.join(named)}</p>")
 
 
 def _pages() -> frozenset[tuple[int, int]]:
@@ -133,6 +150,12 @@ def _pages() -> frozenset[tuple[int, int]]:
 def _known(_: str) -> frozenset[tuple[int, int]]:
     kept = surviving()
     return frozenset(zip(kept["layer"].tolist(), kept["latent"].tolist(), strict=True))
+
+
+@cache
+def _labels(_: str) -> dict[tuple[int, int], str]:
+    found = _measured(LABELS, tables.MODEL, None)
+    return {} if found is None else {key: row["label"] for key, row in _by_key(found).items()}
 
 
 def show(text: str) -> str:
@@ -170,6 +193,47 @@ def examples(feature: Feature) -> str:
         for e in found
     ]
     return f'<ol class="nb-examples">{"".join(rows)}</ol>'
+
+
+def label(feature: Feature) -> str:
+    """Say what the feature is called by, and how far that can be trusted."""
+    if feature.label is None:
+        return _none("It has no label: none was made for it.")
+    return f'<p>Label: <strong>{show(feature.label["label"])}</strong>.</p>'
+
+
+def scores(feature: Feature) -> str:
+    """Show the scores of the label, each beside that of another feature's label, and what chance gives."""
+    if feature.label is None:
+        return _none("A label that is not there has no scores.")
+    rows = [
+        [name, what, share(feature.label[column]), share(feature.label.get(f"{column}_shuffled")), chance]
+        for column, (name, what, chance) in SCORES.items()
+    ]
+    return table(["score", "asks", "this label", "another feature's label", "chance"], rows)
+
+
+def quantiles(feature: Feature) -> str:
+    """Show examples from all quantiles of the feature's activations, the strongest first, each with its quantile."""
+    if feature.label is None or not len(feature.label["quantiles"]):
+        return _none("No examples of weaker activations were taken.")
+    rows = [
+        f'<li><span class="nb-number">{e["quantile"]}/{labels.BINS}</span><q class="nb-text">…{show(e["before"])}'
+        f'<mark>{show(e["token"])}</mark>{show(e["after"])}…</q><cite>{e["activation"]:,.0f}</cite></li>'
+        for e in feature.label["quantiles"]
+    ]
+    return f'<ol class="nb-examples">{"".join(rows)}</ol>'
+
+
+def stability(feature: Feature) -> str:
+    """Say how near an SAE of another seed comes to the feature."""
+    if feature.again is None:
+        return _none("It was not looked for in an SAE of another seed.")
+    cosine, correlation = feature.again["cosine"], feature.again["correlation"]
+    return (
+        f"<p>In an SAE trained from another seed, the nearest direction has a cosine of {cosine:.2f} with it, and the "
+        f"most alike activation on held-out text a correlation of {correlation:.2f}.</p>"
+    )
 
 
 def density(feature: Feature) -> str:
@@ -255,7 +319,7 @@ def _alone(row: dict) -> str:
 def html(feature: Feature) -> str:
     """Return all evidence for a feature as one block of HTML without blank lines, for a notebook."""
     parts = [
-        f"<h3>{show(feature.title)}</h3><p>{summary(feature)}</p>", examples(feature), density(feature),
+        f"<h3>{show(feature.title)}</h3><p>{summary(feature)}</p>", label(feature), examples(feature), density(feature),
         promoted(feature), mass(feature), steering(feature),
     ]  # fmt: skip
     return block("".join(parts))
@@ -276,19 +340,35 @@ def _measured(stem: str, model: str, folder: str | None) -> pd.DataFrame | None:
 
 
 def _steered(model: str, folder: str | None) -> pd.DataFrame | None:
-    """Return the features of experiment 05 at their best scales, each beside the best random direction of its task."""
-    found = _measured(STEERING, model, folder)
-    if found is None:
+    """Return features at their best scales, each beside the random direction that does best on its task and block.
+
+    Those of experiment 05, and of 12 what 05 has not tried.
+    """
+    parts = [found for stem in STEERING if (found := _measured(stem, model, folder)) is not None]
+    if not parts:
         return None
-    best = statistics.rows(found, which="best")
-    random = best[best["latent"] < 0].groupby(["kind", "task"])["rel_loss"].min().rename("random")
-    return best[best["latent"] >= 0].join(random, on=["kind", "task"])
+    place, tried = ["kind", "task", "layer"], []
+    for found in parts:
+        best = statistics.rows(found, which="best")
+        random = best[best["latent"] < 0].groupby(place)["rel_loss"].min().rename("random")
+        tried.append(best[best["latent"] >= 0].join(random, on=place))
+    return pd.concat(tried, ignore_index=True).drop_duplicates([*place, "latent"])
+
+
+def _by_key(frame: pd.DataFrame | None) -> dict[tuple[int, int], dict]:
+    """Return the rows of a table by (layer, latent)."""
+    return {} if frame is None else {(row["layer"], row["latent"]): row for row in frame.to_dict("records")}
 
 
 def _by_feature(frame: pd.DataFrame | None, columns: list[str]):
     empty = pd.DataFrame(columns=columns)
     parts = {} if frame is None else dict(iter(frame.groupby(["layer", "latent"])))
     return lambda key: parts[key][columns] if key in parts else empty
+
+
+def share(value: float | None) -> str:
+    """Write a score between 0 and 1; a dash where there is none."""
+    return "–" if value is None or pd.isna(value) else f"{value:.2f}"
 
 
 def _unsteered(row) -> float:

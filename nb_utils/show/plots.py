@@ -77,6 +77,18 @@ COLORS = {
     "most_active": "#2F6B4F",
     "one_example_stretched": "#B5651D",
 }
+# Dictionaries of experiment 11; those that nobody trained have dashed lines.
+DICTIONARIES = {
+    "trained": "#000000",
+    "first_seed": "#0072B2",
+    "second_seed": "#56B4E9",
+    "frozen_decoder": "#D55E00",
+    "frozen_encoder": "#E69F00",
+    "orthonormal": "#CC79A7",
+    "components": "#009E73",
+    "unembedding": "#8A7F96",
+}
+UNTRAINED = ("orthonormal", "components", "unembedding")
 MARKERS = {
     "centred_best_scale": "s",
     "learned_vector": "s",
@@ -170,6 +182,14 @@ LABELS = {
     "same_density": "random, equal density",
     "most_active": "most active",
     "one_example_stretched": "one example stretched",
+    "trained": "trained, the book's",
+    "first_seed": "trained, first seed",
+    "second_seed": "trained, second seed",
+    "frozen_decoder": "decoder frozen, random",
+    "frozen_encoder": "encoder frozen, random",
+    "orthonormal": "random orthonormal",
+    "components": "principal components",
+    "unembedding": "unembedding rows",
 }
 # Where a vector of every token stands.
 STEERED = {
@@ -267,6 +287,33 @@ def loss_vs_l0(frame: pd.DataFrame, value: str = "loss", ax: Axes | None = None,
     ax.set(xlabel="active latents (L0, log scale)", ylabel=UNITS.get(value, value))
     if labels:
         _label_ends(ax, ends)
+    return ax
+
+
+def loss_by_dictionary(
+    frame: pd.DataFrame, ax: Axes | None = None, zero_shot: float | None = None, few_shot: float | None = None
+) -> Axes:
+    """Plot the mean loss of pruned vectors against the features they keep, a line a dictionary, bands where given.
+
+    ``frame``: dictionary, k and loss, or mean with low and high. Trained dictionaries are full lines, others dashed.
+    """
+    ax = plt.gca() if ax is None else ax
+    value = "mean" if "mean" in frame else "loss"
+    for name, line in frame.groupby("dictionary", sort=False):
+        line, color = line.sort_values("k"), DICTIONARIES.get(name, "#6E6E6E")
+        ax.plot(line["k"].astype(float), line[value], color=color, marker="o", markersize=4,
+                linestyle="--" if name in UNTRAINED else "-", label=label(name))
+        if "low" in line:
+            ax.fill_between(line["k"].astype(float), line["low"], line["high"], color=color, alpha=0.12, linewidth=0)
+    for method, level in (("zero_shot", zero_shot), ("few_shot", few_shot)):
+        if level is not None:
+            ax.axhline(level, color=COLORS[method], linestyle=":", label=label(method))
+    ax.set(xscale="log", xlabel="features kept", ylabel=UNITS["loss"])
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ticks = sorted(set(frame["k"].astype(float)))
+    ax.set_xticks(ticks)
+    ax.legend(fontsize="x-small")
     return ax
 
 

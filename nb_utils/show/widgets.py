@@ -292,8 +292,14 @@ def evidence(model: str, wanted: set[tuple[int, int]]) -> dict[str, dict]:
     except tables.TableError:
         return {}
     keys = pd.MultiIndex.from_frame(frame[["layer", "latent"]])
+    try:
+        named = tables.load("labels", model, columns=["layer", "latent", "label"])
+        label = dict(zip(zip(named["layer"], named["latent"], strict=True), named["label"], strict=True))
+    except tables.TableError:
+        label = {}
     return {
         f"{row['layer']}:{row['latent']}": {
+            "label": label.get((row["layer"], row["latent"])),
             "density": row["density"], "max_activation": row["largest"],
             "promoted": [token["token"] for token in row["promoted"]],
             "suppressed": [token["token"] for token in row["suppressed"]],

@@ -11,6 +11,7 @@ function bars(view, color) {
 function evidenceOf(found, elsewhere, titles) {
   const parts = [];
   if (found) {
+    if (found.label) parts.push(el("p", {}, "Label: ", el("strong", {}, visible(found.label))));
     parts.push(el("p", {}, `Fires on ${(100 * found.density).toPrecision(2)} % of tokens; largest activation ${Math.round(found.max_activation)}.`));
     if (found.promoted.length) parts.push(el("p", {}, "Promotes: ", ...found.promoted.slice(0, 8).flatMap((t) => [el("code", {}, visible(t)), " "])));
     if (found.suppressed.length) parts.push(el("p", {}, "Suppresses: ", ...found.suppressed.slice(0, 8).flatMap((t) => [el("code", {}, visible(t)), " "])));
@@ -39,7 +40,7 @@ function render({ model, el: root }) {
   const task = el("select", { "data-field": "task" });
   const example = el("select", { "data-field": "example" });
   const layer = el("select", { "data-field": "layer" });
-  const search = el("input", { type: "search", placeholder: "number, method or token", "data-field": "search" });
+  const search = el("input", { type: "search", placeholder: "number, method, label or token", "data-field": "search" });
   const features = el("select", { size: 7, "data-field": "feature" });
   const latent = el("input", { type: "number", min: 0, step: 1, "data-field": "latent" });
   const scale = el("input", { type: "range", min: 0, step: 1, "data-field": "scale" });
@@ -97,8 +98,8 @@ function render({ model, el: root }) {
     const described = all.map((f) => {
       const known = data.evidence[`${shown.layer}:${f.latent}`];
       const name = f.latent < 0 ? "all pruned features together" : `feature ${f.latent}`;
-      const tokens = known?.promoted?.length ? ` · ${known.promoted.slice(0, 3).map(visible).join(" ")}` : "";
-      return [f.latent, f.latent < 0 ? name : `${name} · ${f.method}, weight ${number(f.weight)}${tokens}`, `${name} ${f.method} ${(known?.promoted ?? []).join(" ")}`.toLowerCase()];
+      const tokens = known?.label ? ` · ${visible(known.label)}` : known?.promoted?.length ? ` · ${known.promoted.slice(0, 3).map(visible).join(" ")}` : "";
+      return [f.latent, f.latent < 0 ? name : `${name} · ${f.method}, weight ${number(f.weight)}${tokens}`, `${name} ${f.method} ${known?.label ?? ""} ${(known?.promoted ?? []).join(" ")}`.toLowerCase()];
     });
     const found = described.filter(([, , text]) => words.every((w) => text.includes(w)));
     if (keep && shown.latent === null && found.length) shown.latent = found[0][0];
