@@ -228,7 +228,7 @@ def _write_control(exported: Vector, path: Path) -> None:
     writer = GGUFWriter(path, "controlvector")
     writer.add_string("controlvector.model_hint", card.model_type)
     writer.add_uint32("controlvector.layer_count", 1)
-    writer.add_description(f"Made for the {card.place}, and added to {PLACES['every'][0]} by who reads this: see {README}")
+    writer.add_description(f"Made for the {card.place}; tools add it to {PLACES['every'][0]}: see {README}")
     writer.add_tensor(f"direction.{card.layer}", exported.vector.detach().float().cpu().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
