@@ -31,7 +31,7 @@ PLACES = {
     "every": ("every token, BOS too",
               "lm-evaluation-harness, llama.cpp and repeng always; steering-vectors unless told otherwise"),
     "onward": ("the last token of the prompt, and every one after it",
-               "AISteer360 with `last_k=1` or `from_position`; steering-vectors with `min_token_index`"),
+               "AISteer360 with `from_position`; steering-vectors with `min_token_index`"),
     "after": ("every token after the prompt", "AISteer360's CAA unless told otherwise"),
 }  # fmt: skip
 
@@ -194,13 +194,16 @@ Then name it: `lm_eval --model steered --model_args pretrained=…,steer_path=st
 from aisteer360.algorithms.state_control.caa.control import CAA, SteeringVector
 
 steering = SteeringVector($type, {$layer: vector[None]})
-control = CAA(steering_vector=steering, layer_id=$layer, token_scope="last_k", last_k=1)
+control = CAA(steering_vector=steering, layer_id=$layer, token_scope="from_position", from_position=n - 1)
 ```
 
-`steering.save("vector.svec")` writes the file that it reads. Its `last_k=1` also steers every token that is generated.
+`steering.save("vector.svec")` writes the file that it reads. It has no place that is one token alone: what is generated
+is steered as well, and without `token_scope` that only.
 """
 CONTROLLED = """
 ## repeng
+
+Version 0.4.0 wants a numpy below 2.
 
 ```python
 from repeng import ControlModel, ControlVector
