@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT
 
 from nb_utils import exports, saes, tasks, workbench
+from nb_utils.show import evidence
 
 NAMED = os.environ.get("BOOK_TEST_TOOLS", "")
 PYTHON = ROOT / ".venv-tools/bin/python" if NAMED == "1" else NAMED
@@ -102,3 +103,15 @@ def test_lm_evaluation_harness_adds_it_to_every_token(exported):
 
 def test_repeng_reads_the_control_vector_and_adds_it_to_every_token(exported):
     assert run(exported, OLD_NUMPY, lines(exported[1], "repeng"), REPENG) == exported[2]["losses"]["every"]
+
+
+def test_sae_dashboard_reads_the_features_and_writes_the_same(tmp_path):
+    data = evidence.dashboard(10, [2763, 3749])
+    (tmp_path / "features.json").write_text(json.dumps(data))
+    code = (
+        "import json, sys; from sae_dashboard.neuronpedia.neuronpedia_dashboard import NeuronpediaDashboardBatch\n"
+        "print(json.dumps(NeuronpediaDashboardBatch(**json.load(open(sys.argv[1]))).to_dict()))"
+    )
+    done = subprocess.run([PYTHON, "-c", code, tmp_path / "features.json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout) == data and all(feature["activations"] for feature in data["features"])
