@@ -132,7 +132,7 @@ Added to the residual stream of $model, this vector of $width numbers has it do 
 
 | | |
 | --- | --- |
-| block | $layer, counted from 0: the vector is added to that block's output, `blocks.$layer.hook_resid_post` in TransformerLens, `$module` in `model.base_model` of transformers. In `hidden_states`, which begin with what enters block 0, that is entry $next |
+| block | $layer, counted from 0: the vector is added to that block's output, `blocks.$layer.hook_resid_post` in TransformerLens, $module in `model.base_model` of transformers. In `hidden_states`, which begin with what enters block 0, that is entry $next |
 | mode | $mode |
 | place | $place, and nowhere else |
 | BOS | a prompt $begins |
@@ -183,7 +183,7 @@ Its other format, a table of features, keeps the last feature of a block alone.
 ```python
 import torch
 
-torch.save({"$module": {"steering_vector": vector, "steering_coefficient": 1.0, "action": "add"}}, "steer.pt")
+torch.save({$hook: {"steering_vector": vector, "steering_coefficient": 1.0, "action": "add"}}, "steer.pt")
 ```
 
 Then name it: `lm_eval --model steered --model_args pretrained=…,steer_path=steer.pt --tasks …`.
@@ -246,19 +246,21 @@ def readme(exported: Vector) -> str:
     head |= {"base_model": card.hub_name} if card.hub_name else {}
     rows = [f"| {words} | {card.losses[name]:.4f} | {who} |" for name, (words, who) in PLACES.items()
             if name in card.losses]  # fmt: skip
-    begins = f"begins with {verbatim(card.bos)}, once, as its tokenizer writes it" if card.bos else "has no BOS"
-    words = {
-        "head": "\n".join(f"{name}: {json.dumps(value)}" for name, value in head.items()),
-        "title": verbatim(card.task), "model": verbatim(card.hub_name or card.model), "width": len(exported.vector),
-        "n_features": f"{len(card.features)} feature{'s' * (len(card.features) != 1)}",
-        "bias": " and its bias" * card.bias, "sae": verbatim(card.sae),
-        "layer": card.layer, "next": card.layer + 1, "mode": card.mode, "place": card.place, "begins": begins,
-        "module": card.module, "scale": f"{card.scale:.2f}", "n": len(card.heldout), "loss": f"{card.loss:.4f}",
-        "zero": f"{card.zero_shot_loss:.4f}", "rows": "\n".join(rows), "licence": verbatim(card.licence),
-        "sha": card.model_sha256, "type": json.dumps(card.model_type), "own": json.dumps(card.hub_name or card.model),
+    code = {"own": card.hub_name or card.model, "type": card.model_type, "hook": card.module}
+    text = {
+        "title": card.task, "model": code["own"], "sae": card.sae, "mode": card.mode, "place": card.place,
+        "module": card.module, "sha": card.model_sha256, "licence": card.licence,
     }  # fmt: skip
-    text = WHAT + OTHERS * bool(card.module) + CONTROLLED * _has_control(card)
-    return Template(text).substitute(words)
+    words = {name: json.dumps(value) for name, value in code.items()}
+    words |= {name: verbatim(value) for name, value in text.items()} | {
+        "head": "\n".join(f"{name}: {json.dumps(value)}" for name, value in head.items()),
+        "rows": "\n".join(rows), "width": len(exported.vector), "layer": card.layer, "next": card.layer + 1,
+        "n_features": f"{len(card.features)} feature{'s' * (len(card.features) != 1)}",
+        "bias": " and its bias" * card.bias, "scale": f"{card.scale:.2f}", "n": len(card.heldout),
+        "begins": f"begins with {verbatim(card.bos)}, once, as its tokenizer writes it" if card.bos else "has no BOS",
+        "loss": f"{card.loss:.4f}", "zero": f"{card.zero_shot_loss:.4f}",
+    }  # fmt: skip
+    return Template(WHAT + OTHERS * bool(card.module) + CONTROLLED * _has_control(card)).substitute(words)
 
 
 def load(folder: str | Path, model=None, sae=None) -> Vector:

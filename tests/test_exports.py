@@ -114,6 +114,17 @@ def test_the_readme_is_a_model_card_whose_code_can_be_read_and_no_file_is_a_pick
     assert not [path for path in folder.iterdir() if path.read_bytes()[:2] in (b"\x80\x02", b"\x80\x04", b"PK")]
 
 
+def test_what_a_card_says_is_text_in_the_readme_and_a_string_in_its_code(exported, tmp_path):
+    nasty = 'a"b`<script>$x\n```\n# c'
+    names = ("task", "model", "hub_name", "module", "model_type", "mode", "place", "bos", "licence")
+    card = dataclasses.replace(exported.card, **dict.fromkeys(names, nasty))
+    text = exports.readme(dataclasses.replace(exported, card=card))
+    blocks = re.findall(r"```python\n(.*?)\n```", text, re.DOTALL)
+    assert len(blocks) == 4 and "<script>" not in re.sub(r"(?s)^---.*?---\n|```python.*?\n```", "", text)
+    said = [node.value for block in blocks for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Constant)]
+    assert said.count(nasty) == 3
+
+
 def test_a_card_of_an_earlier_version_is_read(folder, exported):
     card = json.loads((folder / "card.json").read_text())
     later = {"counted", "module", "model_type", "hub_name", "bos", "losses"}
