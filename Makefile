@@ -1,5 +1,5 @@
 # book: run the post's experiments on three tasks and build the book · report: all of them on every task · test: the suite
-# More: html (only rebuild the pages) pdf stale same map serve lab lint saes grow visual evidence explore tasks bench audit clean. Each target installs what it needs into .venv.
+# More: html (only rebuild the pages) pdf stale same map serve lab lint saes grow visual evidence explore tasks bench tools audit clean. Each target installs what it needs into .venv.
 
 # The versions of Python that will do, as pyproject.toml says: >=3.11.5,<3.14. The newest that runs is taken.
 PYTHONS := $(shell sed -n 's/^requires-python = "\(.*\)"/\1/p' pyproject.toml)
@@ -29,7 +29,7 @@ SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --profile workflow/p
 runs = $(SNAKEMAKE) --unlock $(1) >/dev/null 2>&1; $(SNAKEMAKE) $(1)
 
 .SILENT:
-.PHONY: book report html pdf stale same map model test lint serve lab saes grow visual evidence explore tasks bench audit constraints clean
+.PHONY: book report html pdf stale same map model test lint serve lab saes grow visual evidence explore tasks bench tools audit constraints clean
 
 book: model
 	$(call runs,--config size=book)
@@ -114,6 +114,16 @@ bench: model .venv-bench/installed
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 	  >"$$(.venv-bench/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/project.pth"
 	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r $< -c constraints.txt
+	touch $@
+
+tools: .venv-tools/installed
+
+# As the peers of the benchmarks, they see our packages.
+.venv-tools/installed: tests/requirements-tools.txt .venv/installed
+	$(BIN)/python -m venv --clear .venv-tools
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  >"$$(.venv-tools/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/project.pth"
+	.venv-tools/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	touch $@
 
 audit: .venv-audit/installed

@@ -1,11 +1,16 @@
-"""Cleaned vectors as files: a folder with vector.safetensors and a card that says what they are and what they do."""
+"""Cleaned vectors as files: a folder with vector.safetensors and a card that says what they are and what they do.
+
+The card stands there twice, as card.json for programs and as README.md for people and for Hugging Face; the README has
+the lines that bring the vector into other tools. llama.cpp and repeng read a file of their own, control-vector.gguf.
+"""
 
 import dataclasses
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from string import Template
 
 import torch
 from jaxtyping import Float, Int
@@ -15,9 +20,20 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from nb_utils import files
+from nb_utils.text import verbatim
 
-VECTOR, CARD = "vector.safetensors", "card.json"
+VECTOR, CARD, README, CONTROL = "vector.safetensors", "card.json", "README.md", "control-vector.gguf"
 FORMAT = "sparse-task-vector/1"
+# Where a vector can be added, as tools differ in it: what it is called here, in words, and who does it.
+PLACES = {
+    "last": ("the last token of the prompt, and no other",
+             "`nb_utils.steer`; steering-vectors with `token_indices`"),
+    "every": ("every token, BOS too",
+              "lm-evaluation-harness, llama.cpp and repeng always; steering-vectors unless told otherwise"),
+    "onward": ("the last token of the prompt, and every one after it",
+               "AISteer360 with `from_position`; steering-vectors with `min_token_index`"),
+    "after": ("every token after the prompt", "AISteer360's CAA unless told otherwise"),
+}  # fmt: skip
 
 
 class ExportError(ValueError):
@@ -33,7 +49,8 @@ class Card:
 
     ``scale``: norm of the vector, relative to the mean residual norm at the held-out separators. ``loss``: mean over
     ``heldout`` (prompt, answer) of the NLL (nats) of the first two answer tokens, with the vector added to the output
-    of block ``layer`` at the prompt's last token.
+    of block ``layer`` at the prompt's last token. ``losses``: the same with the vector added elsewhere, by the names
+    of `PLACES`. ``module``: what transformers' ``model.base_model`` calls the block. ``bos``: how every prompt begins.
     """
 
     task: str
@@ -53,6 +70,12 @@ class Card:
     licence: str
     mode: str = "add"
     place: str = "last token of the prompt"  # and nowhere else
+    counted: str = "layer counts blocks from 0 and means a block's output; among hidden_states it is layer + 1"
+    module: str = ""
+    model_type: str = ""
+    hub_name: str = ""
+    bos: str = ""
+    losses: dict[str, float] = field(default_factory=dict)
 
     @property
     def where(self) -> str:
@@ -91,6 +114,9 @@ def save(exported: Vector, folder: str | Path) -> Path:
             made.mkdir()
             (made / VECTOR).write_bytes(data)
             (made / CARD).write_text(json.dumps(card, ensure_ascii=False, indent=1), encoding="utf-8")
+            (made / README).write_text(readme(exported), encoding="utf-8")
+            if _has_control(exported.card):
+                _write_control(exported, made / CONTROL)
     except ExportError:
         raise
     except files.FileError as error:
@@ -103,6 +129,146 @@ def save(exported: Vector, folder: str | Path) -> Path:
 def _check_new(folder: Path) -> None:
     if folder.exists():
         raise ExportError(f"{folder} exists already: choose another name, or delete it first.")
+
+
+WHAT = """---
+$head
+---
+# A sparse task vector: $title
+
+Added to the residual stream of $model, this vector of $width numbers has it do a task with no example in the prompt: *$title*. It is the sum of $n_features of the sparse autoencoder $sae$bias; `card.json` has their weights, and the prompts that it was measured on.
+
+| | |
+| --- | --- |
+| block | $layer, counted from 0: the vector is added to that block's output, `blocks.$layer.hook_resid_post` in TransformerLens, $module in `model.base_model` of transformers. In `hidden_states`, which begin with what enters block 0, that is entry $next |
+| mode | $mode |
+| place | $place, and nowhere else |
+| BOS | a prompt $begins |
+| length | $scale of what the stream has at that place on average |
+| weights | of the model that was measured, by their SHA-256: $sha. Other weights of the same model, such as rounded ones, give other losses |
+| licence | $licence |
+
+## What it does, by where it is added
+
+Loss in nats, over the first two tokens of the answers to $n held-out prompts. Without the vector it is $zero.
+
+| added to | loss | by whom |
+| --- | --- | --- |
+$rows
+
+It was made for the first of these places. Elsewhere it does something else: read the line of your tool before you compare.
+
+## transformers
+
+```python
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = (kind.from_pretrained($own) for kind in (AutoModelForCausalLM, AutoTokenizer))
+vector = load_file("vector.safetensors")["vector"]
+```
+
+The lines below go on from these; `n` is the number of tokens of a prompt.
+"""  # noqa: E501
+OTHERS = """
+## steering-vectors
+
+It has no file of its own. Without `token_indices` the vector is added to every token.
+
+```python
+from steering_vectors import SteeringVector
+
+handle = SteeringVector({$layer: vector}).patch_activations(model, token_indices=[n - 1])
+logits = model(**tokenizer("hot ->", return_tensors="pt")).logits
+handle.remove()
+```
+
+## lm-evaluation-harness
+
+It reads a pickle, which can run code: so none comes along, and this line writes one of your own.
+Its other format, a table of features, keeps the last feature of a block alone.
+
+```python
+import torch
+
+torch.save({$hook: {"steering_vector": vector, "steering_coefficient": 1.0, "action": "add"}}, "steer.pt")
+```
+
+Then name it: `lm_eval --model steered --model_args pretrained=…,steer_path=steer.pt --tasks …`.
+
+## AISteer360
+
+```python
+from aisteer360.algorithms.state_control.caa.control import CAA, SteeringVector
+
+steering = SteeringVector($type, {$layer: vector[None]})
+control = CAA(steering_vector=steering, layer_id=$layer, token_scope="from_position", from_position=n - 1)
+```
+
+`steering.save("vector.svec")` writes the file that it reads. It has no place that is one token alone: what is generated
+is steered as well, and without `token_scope` that only.
+"""
+CONTROLLED = """
+## repeng
+
+Version 0.4.0 wants a numpy below 2.
+
+```python
+from repeng import ControlModel, ControlVector
+
+control = ControlModel(model, [$layer])
+control.set_control(ControlVector.import_gguf("control-vector.gguf"))
+```
+
+## llama.cpp
+
+`llama-cli -m model.gguf --control-vector control-vector.gguf`: the file names one block, the others stay as they are.
+"""
+
+
+def _has_control(card: Card) -> bool:
+    """Say whether a control vector can say it: these are added, and the output of block 0 has no number there."""
+    return card.mode == "add" and card.layer > 0
+
+
+def _write_control(exported: Vector, path: Path) -> None:
+    """Write the vector as llama.cpp and repeng read it: ``direction.N`` is added to the output of block N, from 0."""
+    from gguf import GGUFWriter
+
+    card = exported.card
+    writer = GGUFWriter(path, "controlvector")
+    writer.add_string("controlvector.model_hint", card.model_type)
+    writer.add_uint32("controlvector.layer_count", 1)
+    writer.add_description(f"Made for the {card.place}; tools add it to {PLACES['every'][0]}: see {README}")
+    writer.add_tensor(f"direction.{card.layer}", exported.vector.detach().float().cpu().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def readme(exported: Vector) -> str:
+    """Return the card as a model card of Hugging Face, with the lines that bring the vector into other tools."""
+    card = exported.card
+    head = {"license": "other", "tags": ["steering-vector", "task-vector", "sparse-autoencoder"]}
+    head |= {"base_model": card.hub_name} if card.hub_name else {}
+    rows = [f"| {words} | {card.losses[name]:.4f} | {who} |" for name, (words, who) in PLACES.items()
+            if name in card.losses]  # fmt: skip
+    code = {"own": card.hub_name or card.model, "type": card.model_type, "hook": card.module}
+    text = {
+        "title": card.task, "model": code["own"], "sae": card.sae, "mode": card.mode, "place": card.place,
+        "module": card.module, "sha": card.model_sha256, "licence": card.licence,
+    }  # fmt: skip
+    words = {name: json.dumps(value) for name, value in code.items()}
+    words |= {name: verbatim(value) for name, value in text.items()} | {
+        "head": "\n".join(f"{name}: {json.dumps(value)}" for name, value in head.items()),
+        "rows": "\n".join(rows), "width": len(exported.vector), "layer": card.layer, "next": card.layer + 1,
+        "n_features": f"{len(card.features)} feature{'s' * (len(card.features) != 1)}",
+        "bias": " and its bias" * card.bias, "scale": f"{card.scale:.2f}", "n": len(card.heldout),
+        "begins": f"begins with {verbatim(card.bos)}, once, as its tokenizer writes it" if card.bos else "has no BOS",
+        "loss": f"{card.loss:.4f}", "zero": f"{card.zero_shot_loss:.4f}",
+    }  # fmt: skip
+    return Template(WHAT + OTHERS * bool(card.module) + CONTROLLED * _has_control(card)).substitute(words)
 
 
 def load(folder: str | Path, model=None, sae=None) -> Vector:
@@ -143,19 +309,20 @@ def load(folder: str | Path, model=None, sae=None) -> Vector:
 def _card(record: dict, path: Path) -> Card:
     kinds = {"str": str, "int": int, "float": (int, float), "bool": bool}
     fields = {}
-    for field in dataclasses.fields(Card):
-        kind = getattr(field.type, "__name__", str(field.type))
-        value = record.get(field.name, field.default)  # an older card may lack what has one
+    for one in dataclasses.fields(Card):
+        kind = getattr(one.type, "__name__", str(one.type))
+        value = record.get(one.name, {} if one.name == "losses" else one.default)  # an older card lacks some
         good = isinstance(value, kinds[kind]) if kind in kinds else isinstance(value, dict | list)
         if not good or (kind in ("int", "float") and not _finite(value)):
-            raise ExportError(f"{path} has no usable {field.name!r}: export the vector again.")
-        fields[field.name] = value
-    pairs, features = fields["heldout"], fields["features"]
-    good = isinstance(features, dict) and all(map(_finite, features.values())) and isinstance(pairs, list)
+            raise ExportError(f"{path} has no usable {one.name!r}: export the vector again.")
+        fields[one.name] = value
+    pairs, features, losses = fields["heldout"], fields["features"], fields["losses"]
+    good = isinstance(features, dict) and isinstance(losses, dict) and isinstance(pairs, list)
+    good = good and all(map(_finite, [*features.values(), *losses.values()]))
     if not good or not all(
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in pairs
     ):
-        raise ExportError(f"{path} has no usable list of held-out pairs or features: export the vector again.")
+        raise ExportError(f"{path} has no usable list of held-out pairs, features or losses: export the vector again.")
     return Card(**{**fields, "heldout": tuple(map(tuple, pairs))})
 
 

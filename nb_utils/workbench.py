@@ -270,17 +270,42 @@ def features(found: Found, k: int = 5) -> pd.DataFrame:
     return pd.DataFrame({"latent": found.latents, "code": found.weights, "promoted": words})
 
 
+@torch.no_grad()
+def losses_by_place(trial: Trial, vector: Float[Tensor, " d_model"]) -> dict[str, float]:
+    """Return the mean held-out loss (nats, first two answer tokens) with a vector added where other tools add it.
+
+    By the names of `exports.PLACES`; in plain passes, one a prompt, with the prompt as a text of its own.
+    """
+    model, layer, totals = trial.model, trial.sae.layer, torch.zeros(len(exports.PLACES))
+    for prompt in trial.site.prompts:
+        answer, last = prompt.answer[:2], len(prompt.ids) - len(prompt.answer) - 1
+        ids = torch.tensor(prompt.ids[: last + len(answer)], device=model.device)
+        at = torch.arange(len(ids), device=model.device)
+        share = {"last": at == last, "every": at >= 0, "onward": at >= last, "after": at > last}
+        added = torch.stack([share[name] for name in exports.PLACES])[..., None] * vector.to(model.device)
+        with model.layout.hooked(layer, lambda stream, added=added: stream + added.to(stream)):
+            logits = model.hf(ids.expand(len(added), -1), use_cache=False, logits_to_keep=len(answer)).logits
+        nll = -logits.float().log_softmax(-1)[:, torch.arange(len(answer)), list(answer)]
+        totals += nll.sum(-1).cpu()
+    return dict(zip(exports.PLACES, (totals / len(trial.site.prompts)).tolist(), strict=True))
+
+
 def pack(trial: Trial, weighted: Weighted) -> exports.Vector:
     """Pack the weighted features with a card that lets others check them."""
     made, model, sae = vector(trial.sae, weighted), trial.model, trial.sae
-    terms = EMBEDDED[model.name].licence if model.name in EMBEDDED else f"the licence of {model.name}"
+    embedded = EMBEDDED.get(model.name)
+    terms = embedded.licence if embedded else f"the licence of {model.name}"
+    block, begins = model.layout.blocks[sae.layer], prompts.opening(model.tokenizer)
     card = exports.Card(
         task=trial.title, model=model.name, model_sha256=model.sha256, layer=sae.layer, bias=weighted.bias,
         hook_name=f"blocks.{sae.layer}.hook_resid_post", sae=sae.name, sae_set=sae.sae_set, sae_sha256=sae.sha256,
         features={str(latent): weight for latent, weight in zip(weighted.latents, weighted.weights, strict=True)},
         scale=float(made.norm() / trial.site.at(sae.layer).norm(dim=1).mean()), loss=loss(trial, weighted),
         zero_shot_loss=trial.zero_shot, heldout=tuple((f"{pair.x} ->", pair.y) for pair in trial.pairs),
-        licence=f"Model and SAE: {terms}. Pairs: {trial.licence}.",
+        licence=f"Model and SAE: {terms}. Pairs: {trial.licence}.", hub_name=embedded.hub_name if embedded else "",
+        module=next(name for name, module in model.hf.base_model.named_modules() if module is block),
+        model_type=model.hf.config.get_text_config().model_type, bos=model.tokenizer.decode(begins),
+        losses=losses_by_place(trial, made),
     )
     return exports.Vector(made, torch.tensor(weighted.latents, dtype=torch.long), torch.tensor(weighted.weights), card)
 

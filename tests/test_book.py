@@ -1,17 +1,23 @@
 """The pages: a strict build of the book, and what a browser makes of it."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 from axe_playwright_python.sync_playwright import Axe
 from conftest import ROOT, RUN
 
 from book.ledger import contents
 from nb_utils.show import plots
-from workflow import pdf
+from workflow import pdf, runs
 
 WCAG_AA = {
     "runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"], "resultTypes": ["violations"],
@@ -182,3 +188,68 @@ def test_a_reader_sorts_a_table_by_a_click_or_a_key_and_what_is_missing_stays_la
     page.get_by_role("button", name="way").click()
     assert page.evaluate(order) == "abc"
     page.close()
+
+
+def test_the_first_ten_minutes_were_run_and_say_their_numbers(built):
+    page = (built / "book/start.html").read_text()
+    words = re.sub(r"\s+", " ", re.sub("<[^>]+>", "", unescape(page.partition("<article")[2])))
+    assert len(re.findall(r'<img alt="[^"]{40,}"', page)) == 5, "a picture at each step"
+    assert "Over all 24 held-out words, the answer costs the model" in words
+    assert re.search(r"sum of these features costs \d+\.\d\d nats", words)
+    assert "['README.md', 'card.json', 'control-vector.gguf', 'vector.safetensors']" in words
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """Build the page of the first ten minutes, without running it, as it is where _config.yml names a repository."""
+    home = tmp_path_factory.mktemp("published")
+    shutil.copytree(ROOT / "book", home / "book", ignore=shutil.ignore_patterns("*.ipynb", "*.md", "features"))
+    shutil.copy(ROOT / "book/start.ipynb", home / "book")
+    (home / "book/index.md").write_text("# Index\n\nHere.\n")
+    config = yaml.safe_load((ROOT / "_config.yml").read_text())
+    config["execute"]["execute_notebooks"] = "off"
+    config["sphinx"]["config"]["html_context"]["repository"] = "https://github.com/someone/a-book"
+    (home / "_config.yml").write_text(yaml.safe_dump(config))
+    contents = {"format": "jb-book", "root": "book/index", "chapters": [{"file": "book/start"}]}
+    (home / "_toc.yml").write_text(yaml.safe_dump(contents))
+    command = [Path(sys.executable).with_name("jupyter-book"), "build", ".", "--all", "-n", "--keep-going"]
+    done = subprocess.run(command, cwd=home, capture_output=True, text=True)
+    assert (home / "_build/html/book/start.html").exists(), (done.stdout + done.stderr)[-3000:]
+    return home / "_build/html/book/start.html"
+
+
+def test_the_page_opens_in_colab_and_binder_where_the_settings_name_a_repository_and_nowhere_else(
+    browser, built, published
+):
+    tab = browser.new_page()
+    tab.goto((built / "book/start.html").resolve().as_uri())
+    assert tab.get_by_role("heading", level=1, name="First ten minutes").is_visible()
+    assert tab.get_by_role("link", name="Open in").count() == 0
+    tab.goto(published.as_uri())
+    for name, address in {
+        "Colab": "https://colab.research.google.com/github/someone/a-book/blob/main/book/start.ipynb",
+        "Binder": "https://mybinder.org/v2/gh/someone/a-book/main?urlpath=lab/tree/book/start.ipynb",
+    }.items():
+        link = tab.get_by_role("link", name=f"Open in {name}")
+        assert link.is_visible() and link.get_attribute("href") == address
+        assert link.bounding_box()["y"] < 500, "at the top of the page"
+    broken = Axe().run(tab, context=".launch", options=WCAG_AA).response["violations"]
+    tab.close()
+    assert not broken
+
+
+def test_a_page_that_is_fetched_alone_knows_the_repository_that_the_settings_name():
+    config = yaml.safe_load((ROOT / "_config.yml").read_text())
+    context = config["sphinx"]["config"]["html_context"]
+    assert runs.known_parameters(ROOT / "book/start.ipynb")["repository"] == context["repository"]
+
+
+def test_binder_installs_what_make_installs():
+    lines = (ROOT / "binder/requirements.txt").read_text().splitlines()
+    assert lines == ["-r ../requirements.txt", "-c ../constraints.txt"]
+    python = (ROOT / "binder/runtime.txt").read_text().strip().removeprefix("python-")
+    assert python in re.findall(r'"(3\.\d+)"', (ROOT / ".github/workflows/ci.yml").read_text()), "tested there"
+    script = ROOT / "binder/postBuild"
+    assert os.access(script, os.X_OK) and script.read_text().startswith("#!")
+    for module in re.findall(r"-m (workflow\.\w+)", script.read_text()):
+        assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module

@@ -1,7 +1,10 @@
 """Exported vectors: whole or not at all, checked when read, and usable without any of our code."""
 
+import ast
+import dataclasses
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -10,8 +13,10 @@ import time
 import pytest
 import torch
 from conftest import export_code
+from gguf import GGUFReader
+from huggingface_hub import ModelCard
 
-from nb_utils import exports, saes, tasks, workbench
+from nb_utils import engine, exports, saes, tasks, workbench
 from nb_utils.exports import ExportError
 
 LAYER = 3
@@ -53,6 +58,82 @@ def test_the_card_says_where_the_vector_belongs(folder, tiny, sae):
     assert card["features"] == {"3": 1.5, "17": -0.5, "40": 2.0}
     assert (card["model_sha256"], card["sae_sha256"]) == (tiny.sha256, sae.sha256)
     assert card["licence"] and len(card["heldout"]) == 6
+
+
+def test_the_card_says_where_the_vector_stands_by_other_counts_and_what_it_does_elsewhere(folder, exported, tiny):
+    card = json.loads((folder / "card.json").read_text())
+    assert card["bos"] == "<bos>" and "hidden_states it is layer + 1" in card["counted"]
+    block = dict(tiny.hf.base_model.named_modules())[card["module"]]
+    assert block is tiny.layout.blocks[LAYER]
+    ids = torch.tensor([[2, 9, 17]])
+    seen = []
+    with tiny.layout.hooked(LAYER, seen.append):
+        entries = tiny.hf(ids, output_hidden_states=True).hidden_states
+    assert torch.equal(entries[LAYER + 1], seen[0])
+    losses = card["losses"]
+    assert set(losses) == set(exports.PLACES) and losses["last"] == pytest.approx(card["loss"], abs=1e-4)
+    assert len({round(loss, 3) for loss in losses.values()}) == 4
+
+
+def test_a_place_is_what_its_words_say(exported, tiny, sae):
+    """Each loss once more, one prompt at a time, by `engine.steer`."""
+    at = {"last": lambda n, end: [n - 1], "every": lambda n, end: list(range(end)),
+          "onward": lambda n, end: list(range(n - 1, end)), "after": lambda n, end: list(range(n, end))}  # fmt: skip
+    for name, tokens in at.items():
+        total = 0
+        for prompt, answer in exported.card.heldout:
+            n, ids = len(tiny.tokenizer(prompt).input_ids), tiny.tokenizer(f"{prompt} {answer}").input_ids
+            with engine.steer(tiny, exported.vector, LAYER, at=tokens(n, len(ids))):
+                said = tiny.hf(torch.tensor([ids])).logits[0, n - 1 : -1].log_softmax(-1)
+            total -= said.gather(1, torch.tensor(ids[n:])[:, None])[:2].sum().item()
+        assert total / len(exported.card.heldout) == pytest.approx(exported.card.losses[name], abs=1e-4), name
+
+
+def test_the_control_vector_holds_one_direction_at_the_number_of_its_block(folder, exported):
+    reader = GGUFReader(folder / exports.CONTROL)
+    (tensor,) = reader.tensors
+    assert tensor.name == f"direction.{LAYER}" and tensor.tensor_type.name == "F32"
+    assert torch.equal(torch.tensor(tensor.data), exported.vector)
+    assert reader.get_field("general.architecture").contents() == "controlvector"
+    assert reader.get_field("controlvector.model_hint").contents() == "gemma3_text"
+
+
+@pytest.mark.parametrize("change", [{"layer": 0}, {"mode": "replace"}])
+def test_what_a_control_vector_cannot_say_is_not_written_as_one(exported, tmp_path, change):
+    other = dataclasses.replace(exported, card=dataclasses.replace(exported.card, **change))
+    folder = exports.save(other, tmp_path / "other")
+    assert not (folder / exports.CONTROL).exists() and "llama" not in exports.readme(other).partition("## repeng")[2]
+    assert "control-vector.gguf" not in (folder / exports.README).read_text()
+
+
+def test_the_readme_is_a_model_card_whose_code_can_be_read_and_no_file_is_a_pickle(folder, exported):
+    found = ModelCard.load(folder / exports.README)
+    assert found.data.license == "other" and "sparse-autoencoder" in found.data.tags
+    blocks = re.findall(r"```python\n(.*?)```", found.text, re.DOTALL)
+    assert len(blocks) == 5
+    for block in blocks:
+        ast.parse(block)
+    every = f"| {exported.card.losses['every']:.4f} |"
+    assert all(words in found.text for words in (every, "counted from 0", "&#60;bos&#62;, once", "steering-vectors"))
+    assert not [path for path in folder.iterdir() if path.read_bytes()[:2] in (b"\x80\x02", b"\x80\x04", b"PK")]
+
+
+def test_what_a_card_says_is_text_in_the_readme_and_a_string_in_its_code(exported, tmp_path):
+    nasty = 'a"b`<script>$x\n```\n# c'
+    names = ("task", "model", "hub_name", "module", "model_type", "mode", "place", "bos", "licence")
+    card = dataclasses.replace(exported.card, **dict.fromkeys(names, nasty))
+    text = exports.readme(dataclasses.replace(exported, card=card))
+    blocks = re.findall(r"```python\n(.*?)\n```", text, re.DOTALL)
+    assert len(blocks) == 4 and "<script>" not in re.sub(r"(?s)^---.*?---\n|```python.*?\n```", "", text)
+    said = [node.value for block in blocks for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Constant)]
+    assert said.count(nasty) == 3
+
+
+def test_a_card_of_an_earlier_version_is_read(folder, exported):
+    card = json.loads((folder / "card.json").read_text())
+    later = {"counted", "module", "model_type", "hub_name", "bos", "losses"}
+    (folder / "card.json").write_text(json.dumps({name: card[name] for name in card.keys() - later}))
+    assert exports.load(folder).card.loss == exported.card.loss and exports.load(folder).card.losses == {}
 
 
 def test_an_existing_folder_is_never_overwritten(exported, folder):
@@ -122,7 +203,8 @@ DAMAGE = {
     "a loss that is no number": (lambda f: change(f, loss=math.nan), "no usable 'loss'"),
     "a scale without end": (lambda f: change(f, scale=math.inf), "no usable 'scale'"),
     "a scale that is true": (lambda f: change(f, scale=True), "no usable 'scale'"),
-    "weights are text": (lambda f: change(f, features={"3": "<b>"}), "no usable list of held-out pairs or features"),
+    "losses are text": (lambda f: change(f, losses={"last": "0"}), "of held-out pairs, features or losses"),
+    "weights are text": (lambda f: change(f, features={"3": "<b>"}), "of held-out pairs, features or losses"),
     "held-out pairs are one": (lambda f: change(f, heldout=["a ->"]), "no usable list of held-out pairs"),
     "another model": (lambda f: change(f, model_sha256="0"), "made for other weights"),
     "a layer too high": (lambda f: change(f, layer=99), "does not fit"),

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from nb_utils import statistics
 from nb_utils.record import tables
 from nb_utils.show import evidence
 from workflow import feature_pages
@@ -257,3 +258,25 @@ def test_a_strict_build_leaves_all_text_as_it_is(features, tmp_path_factory):
     page = (home / "_build/html/book/features/10_3.html").read_text()
     assert Text(page).marked == [unescape(evidence.show(text)) for text in NASTY]
     assert "alert(1)</script>" not in page
+
+
+def test_a_dashboard_holds_what_the_table_knows_and_its_pieces_fit_together():
+    data = json.loads(json.dumps(evidence.dashboard(10, [2763, 5])))
+    assert (data["model_id"], data["layer"]) == ("gemma-3-270m", 10)
+    table = tables.load("features", columns=["layer", "latent", "density", "promoted", "largest", "examples"])
+    for one, latent in zip(data["features"], (2763, 5), strict=True):
+        row = statistics.rows(table, layer=10, latent=latent).iloc[0]
+        assert one["feature_index"] == latent and one["frac_nonzero"] == pytest.approx(float(row["density"]))
+        assert one["pos_str"] == [token["token"] for token in row["promoted"]]
+        assert len(one["neg_str"]) == len(one["neg_values"]) and one["vector"] == []
+        assert len(one["activations"]) == len(row["examples"])
+        for shown in one["activations"]:
+            assert len(shown["tokens"]) == len(shown["values"]) == 3
+            peak = shown["values"][shown["qualifying_token_index"]]
+            assert 0 < peak == max(shown["values"]) <= shown["bin_max"] * 1.01, "examples are rounded"
+
+
+@pytest.mark.parametrize("layer, latent, says", [(3, 1, "run `make evidence`"), (10, 99999, "no feature 99999")])
+def test_a_dashboard_that_cannot_be_is_refused_in_a_sentence(layer, latent, says):
+    with pytest.raises(evidence.EvidenceError, match=says):
+        evidence.dashboard(layer, [latent])

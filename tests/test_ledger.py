@@ -20,7 +20,8 @@ from nb_utils.statistics import Comparison
 from workflow import choices
 
 PAGES = [
-    "README.md", "book/index.ipynb", "book/background.md", "book/explore.ipynb", "book/changes.ipynb",
+    "README.md", "book/index.ipynb", "book/start.ipynb", "book/background.md", "book/explore.ipynb",
+    "book/changes.ipynb",
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "book/findings").glob("*.ipynb")),
 ]  # fmt: skip
 FINDINGS = [Path(page).stem for page in PAGES if page.startswith("book/findings/")]

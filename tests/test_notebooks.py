@@ -50,8 +50,8 @@ def read(path):
     return nbformat.read(path, as_version=4)
 
 
-EXPLORE = ROOT / "book/explore.ipynb"
-every_notebook = pytest.mark.parametrize("path", [*EXPERIMENTS, *FINDINGS, EXPLORE], ids=name)
+EXPLORE, START = ROOT / "book/explore.ipynb", ROOT / "book/start.ipynb"
+every_notebook = pytest.mark.parametrize("path", [*EXPERIMENTS, *FINDINGS, EXPLORE, START], ids=name)
 every_experiment = pytest.mark.parametrize("path", EXPERIMENTS, ids=name)
 of_text = pytest.mark.parametrize("path", [path for path in EXPERIMENTS if path.stem not in OWN], ids=name)
 

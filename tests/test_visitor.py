@@ -86,7 +86,8 @@ def test_the_lines_of_readme_run_outside_a_clone(visit, installed):
     assert "Antonyms, after block 3 of tiny, 24 pairs held out" in done.stdout
     assert "latent" in done.stdout and "promoted" in done.stdout and "\n5 features of random" in done.stdout
     exported = visit.home / "antonyms-block-10"
-    assert sorted(path.name for path in exported.iterdir()) == ["card.json", "vector.safetensors"]
+    files = ["README.md", "card.json", "control-vector.gguf", "vector.safetensors"]
+    assert sorted(path.name for path in exported.iterdir()) == files
     assert files_of(installed) == before, "nothing is written among the modules"
 
 

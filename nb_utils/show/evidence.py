@@ -34,6 +34,13 @@ SCORES = {
 STEERED = ["kind", "task", "which", "scale", "loss", "rel_loss", "accuracy", "in_raw", "in_clean", "random"]
 FOUND = {"raw": "in_raw", "cleaned": "in_clean"}  # the vector of a task that holds a feature, and its column
 FIRED = ["kind", "task", "token_type", "mass", "density"]
+# What a dashboard of SAEDashboard can have and ours has not.
+NOT_MEASURED = (
+    "neuron_alignment_indices", "neuron_alignment_values", "neuron_alignment_l1", "correlated_neurons_indices",
+    "correlated_neurons_l1", "correlated_neurons_pearson", "correlated_features_indices", "correlated_features_l1",
+    "correlated_features_pearson", "freq_hist_data_bar_values", "freq_hist_data_bar_heights",
+    "logits_hist_data_bar_heights", "logits_hist_data_bar_values", "decoder_weights_dist", "vector",
+)  # fmt: skip
 
 
 class EvidenceError(ValueError):
@@ -328,6 +335,45 @@ def html(feature: Feature) -> str:
 def block(html: str) -> str:
     """Return HTML as one block on one line: Markdown ends a block at a blank line, MathJax leaves this one alone."""
     return f'<div class="nb-feature tex2jax_ignore mathjax_ignore">{html}</div>'.replace("\n", " ")
+
+
+def dashboard(
+    layer: int, latents: Iterable[int], model: str = tables.MODEL, folder: str | None = None
+) -> dict[str, object]:
+    """Return latents of one block as SAEDashboard writes them for Neuronpedia: a batch, for `json.dumps`.
+
+    In it is what `workflow.collect_evidence` found in its held-out text: how often a latent fires, where it fires most,
+    what it promotes and suppresses. An example is three pieces, the text before, the token that fires and the text
+    after it; the activations of the other tokens were not kept and stand as 0. What was not measured is an empty list.
+    Raises EvidenceError for a block without evidence, or a latent that its SAE doesn't have.
+    """
+    rows = _measured(FEATURES, model, folder)
+    rows = {} if rows is None else rows[rows["layer"] == layer].set_index("latent").to_dict("index")
+    if not rows:
+        raise EvidenceError(f"There is no evidence for block {layer} of {model}: run `make evidence` first.")
+    if unknown := [latent for latent in latents if int(latent) not in rows]:
+        raise EvidenceError(f"The SAE of block {layer} has no feature {unknown[0]}: take one of 0 to {max(rows)}.")
+    origin = tables.read_provenance(tables.file(FEATURES, f"blocks.{layer}", model, folder))
+    context = origin["parameters"]["context"]
+    found = [_dashboard(int(latent), rows[int(latent)], context) for latent in latents]
+    return {"model_id": model, "layer": layer, "sae_set": f"{model}-shipped", "sae_id_suffix": None, "features": found}
+
+
+def _dashboard(latent: int, row: dict, context: int) -> dict[str, object]:
+    up, down = row["promoted"], row["suppressed"]
+    most = float(row["largest"])
+    shown = [
+        {"bin_min": -1, "bin_max": most, "bin_contains": -1, "qualifying_token_index": 1,  # it calls this the top
+         "tokens": [one["before"], one["token"], one["after"]], "values": [0.0, float(one["activation"]), 0.0]}
+        for one in row["examples"]
+    ]  # fmt: skip
+    return {name: [] for name in NOT_MEASURED} | {
+        "feature_index": latent, "frac_nonzero": float(row["density"]),
+        "pos_str": [one["token"] for one in up], "pos_values": [float(one["logit"]) for one in up],
+        "neg_str": [one["token"] for one in down], "neg_values": [float(one["logit"]) for one in down],
+        "n_prompts_total": int(row["n_tokens"]) // (context - 1), "n_tokens_in_prompt": context,
+        "dataset": "held-out text of the sparse task vectors book", "activations": shown,
+    }  # fmt: skip
 
 
 def _measured(stem: str, model: str, folder: str | None) -> pd.DataFrame | None:
