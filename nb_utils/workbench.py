@@ -311,7 +311,10 @@ def pack(trial: Trial, weighted: Weighted) -> exports.Vector:
 
 
 def export(found: Found, folder: str | Path) -> Path:
-    """Write a vector and its card into a new folder and return its path; raises ExportError as `exports.save` does."""
+    """Write a vector, its card and what other tools need into a new folder and return its path.
+
+    Raises ExportError as `exports.save` does.
+    """
     return exports.save(pack(found.bench.trial, found), folder)
 
 

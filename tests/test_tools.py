@@ -85,7 +85,8 @@ def lines(folder, tool):
 def run(exported, *code):
     home, folder, _ = exported
     done = subprocess.run(
-        [PYTHON, "-c", "\n".join([BEFORE, *code, AFTER]), home, folder], capture_output=True, text=True)
+        [PYTHON, "-c", "\n".join([BEFORE, *code, AFTER]), home, folder], capture_output=True, text=True
+    )
     if done.returncode and done.stderr.split()[-1] == "absent":
         pytest.skip("this tool is not installed, or not for this system")
     assert done.returncode == 0, done.stderr[-3000:]
