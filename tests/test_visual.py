@@ -396,7 +396,8 @@ def test_claims_on_visual_vectors_are_decided_by_these_rows(book, number, expect
 
 def test_pictures_stand_in_the_row_of_their_task_and_the_column_of_what_they_are():
     shades = {("rotate", "query"): 10, ("rotate", "answer"): 20, ("invert", "query"): 30, ("invert", "answer"): 40}
-    frame = pd.DataFrame([{"task": task, "what": what, "pixels": [shade] * 12} for (task, what), shade in shades.items()])
+    rows = [{"task": task, "what": what, "pixels": [shade] * 12} for (task, what), shade in shades.items()]
+    frame = pd.DataFrame(rows)
     axes = plots.picture_grid(frame, 2, rows="task").axes
     assert [ax.images[0].get_array().max() for ax in axes] == [10, 20, 30, 40]
     assert [ax.get_title() for ax in axes[:2]] == ["query", "answer"] and axes[2].get_ylabel() == "invert"
