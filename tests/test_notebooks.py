@@ -347,7 +347,7 @@ def test_visual_vectors_are_held_against_masks_alone_and_the_page_has_its_pictur
     for mask in ("reward", "shared", "foreign"):
         assert under[mask].to_dict() == {"own": 0, "none": 0, "wrong": rivals}
     assert under["mask_alone"].to_dict() == {"none": 0}
-    others = {"example", "none", "gradient", "greedy", "causal", "random", "all", "learned_vector"}
+    others = {"example", "none", "mean_answer", "gradient", "greedy", "causal", "random", "all", "learned_vector"}
     assert others <= set(table["method"])
     assert set(table[table["method"].eq("residual")]["layer"]) == {0, 1, 2}
     assert table.groupby("method")["losses"].apply(lambda one: {len(losses) for losses in one}).eq({4}).all()

@@ -14,6 +14,7 @@ from book.ledger import neighbours
 from book.ledger.claims import NUMBERS, Book, ClaimError
 from nb_utils import cleaning, files, saes
 from nb_utils.record import tables
+from nb_utils.show import plots
 from workflow import see, stale, training, visual
 from workflow.visual import KINDS, OPERATIONS, PLACES, SIDE, Spec, VisualError
 
@@ -347,7 +348,8 @@ def book(tmp_path):
         ("example", None, "elsewhere", 0.1, 0.9), ("example_wrong", None, "test", 0.3, 0.1),
         ("example_wrong", None, "follows", 0.1, 0.7), ("reward", "own", "elsewhere", 0.2, 0.5),
         ("reward", "none", "test", 0.15, 0.5), ("reward", "wrong", "test", 0.3, 0.0),
-        ("random", "own", "test", 0.19, 0.2), ("causal", "own", "test", 0.14, 0.5),
+        ("mean_answer", None, "test", 0.17, 0.1), ("random", "own", "test", 0.19, 0.2),
+        ("causal", "own", "test", 0.14, 0.5),
         ("greedy", "own", "test", 0.11, 0.9), ("mask_alone", "none", "test", 0.16, 0.5),
         ("shared", "own", "test", 0.12, 0.8), ("shared", "wrong", "test", 0.4, 0.1),
         ("shared", "wrong", "follows", 0.1, 0.6), ("foreign", "own", "test", 0.13, 0.7),
@@ -381,7 +383,8 @@ def book(tmp_path):
         ("visual_foreign_mask_does_it", 0.7),
         ("visual_vector_decides", 2.8),
         ("visual_wrong_vector_is_followed", 0.6),
-        ("visual_residual_is_not_enough", 0.2),  # at the block that validates best, not at the best on test
+        ("visual_heads_beat_the_residual", 0.6),  # at the block that validates best, not at the best on test
+        ("visual_heads_beat_the_mean_answer", 0.5),
         ("visual_few_latents_do_it", 0.7),
         ("visual_strangers_do_less", 0.5),
         ("visual_choice_transfers", 0.5),  # of what the example takes off there
@@ -389,6 +392,15 @@ def book(tmp_path):
 )
 def test_claims_on_visual_vectors_are_decided_by_these_rows(book, number, expected):
     assert NUMBERS[number](book).mean == pytest.approx(expected, abs=1e-6)
+
+
+def test_pictures_stand_in_the_row_of_their_task_and_the_column_of_what_they_are():
+    shades = {("rotate", "query"): 10, ("rotate", "answer"): 20, ("invert", "query"): 30, ("invert", "answer"): 40}
+    rows = [{"task": task, "what": what, "pixels": [shade] * 12} for (task, what), shade in shades.items()]
+    frame = pd.DataFrame(rows)
+    axes = plots.picture_grid(frame, 2, rows="task").axes
+    assert [ax.images[0].get_array().max() for ax in axes] == [10, 20, 30, 40]
+    assert [ax.get_title() for ax in axes[:2]] == ["query", "answer"] and axes[2].get_ylabel() == "invert"
 
 
 def test_what_experiment_23_lacks_is_no_number(book):

@@ -67,7 +67,7 @@ class Figures:
 
     @cached_property
     def split(self) -> tuple["Figures", "Figures"]:
-        """Those to train on and those held out, which is decided by what they look like."""
+        """Those to train on and those held out, by what they look like, as the pinned packages draw them."""
         digests = [hashlib.sha256(mask.mul(255).byte().numpy().tobytes()).digest() for mask in self.masks]
         held = torch.tensor([digest[0] % HELD == 0 for digest in digests])
         return Figures(self.name, self.masks[~held]), Figures(self.name, self.masks[held])

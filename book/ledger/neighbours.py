@@ -784,8 +784,13 @@ def visual_wrong_vector_is_followed(book: Book) -> Comparison:
 
 
 @number
-def visual_residual_is_not_enough(book: Book) -> Comparison:
-    return over_tasks(regained(book, "residual"))
+def visual_heads_beat_the_residual(book: Book) -> Comparison:
+    return regains_more(book, {"method": "reward", "values": "own"}, {"method": "residual"})
+
+
+@number
+def visual_heads_beat_the_mean_answer(book: Book) -> Comparison:
+    return regains_more(book, {"method": "reward", "values": "own"}, {"method": "mean_answer"})
 
 
 @number
