@@ -444,6 +444,26 @@ def test_in_context_vectors_run_on_a_behaviour_as_well(tmp_path):
     assert table.loc[table["place"].eq("arrow"), ["loss_y", "loss_x"]].notna().all(axis=None)
 
 
+def test_every_way_stands_after_one_block_and_is_tried_everywhere(tables_of):
+    table = pd.read_parquet(tables_of("29_which_vector") / "29_which_vector/tiny/antonyms.parquet")
+    own, read_off = table[table["own"]], {"task_vector", "centred_best_scale", "theta_mean", "contrast_codes", "icv"}
+    read_off |= {"fv_centred", "heads_added"}
+    few, many = (set(own.loc[own["budget"].eq(budget), "method"]) for budget in (5, 100))
+    assert few == read_off | {"few_shot"}
+    trained = {"learned_vector", "clean", "prune_contrast", "heads_reward", "heads_gradient"}
+    assert many == few | trained | {"matched_random"}
+    poor = table[table["budget"].eq(5)]
+    assert poor["gradients"].eq(0).all() and poor["pairs"].eq(5).all() and poor["seed"].nunique() == SIZES["seeds"]
+    # How many heads there are is a setting; how many features or examples, another way.
+    way = own.assign(size=own["k"].where(~own["method"].isin(["fv_centred", "heads_added"]), -1).fillna(-1))
+    counted = way.groupby(["on", "budget", "method", "mode", "size", "seed"]).size()
+    assert counted.eq(1).all() and set(own["on"]) == {"test", "template", "sentence", "text"}
+    first = counted[counted.index.get_level_values("seed") == 0].unstack("on")
+    assert first.notna().all(axis=None), "a way was not tried somewhere"
+    text = own[own["on"].eq("text")]
+    assert text["d_ntp"].notna().all() and text.loc[text["method"].eq("zero_shot"), "d_ntp"].abs().max() < 1e-4
+
+
 def test_features_are_taken_away_beside_as_many_others_and_come_back_one_by_one(tables_of):
     table = pd.read_parquet(tables_of("10_necessity") / "10_necessity/tiny/antonyms.parquet")
     zeroed = table[table["mode"].eq("zero") & table["on"].eq("test")]

@@ -950,9 +950,9 @@ def says_ai(book: Book, method: str, **way: object) -> pd.Series:
 
 WHICH = "29_which_vector"
 LEGIBLE = 20  # features that somebody may read one by one
+GENTLE = 0.5  # nats of KL in ordinary text
 SIZED = ("few_shot", "contrast_codes", "prune_contrast")  # their k is what they are, not a setting
 CONTROLS = ("zero_shot", "matched_random")
-USERS = ("few", "hundred", "legible")
 
 
 def ways(book: Book, on: str = "test") -> pd.DataFrame:
@@ -975,18 +975,22 @@ def without_vector(book: Book, on: str = "test") -> pd.DataFrame:
 
 
 def allowed(book: Book, user: str, prompts: bool = False) -> list[str]:
-    """Name the ways that a user may take: "few" pairs and no gradient, a "hundred" pairs, or "legible" features alone.
+    """Name the ways that a user may take, of those that were made on every task.
 
-    ``prompts``: also those that make a prompt longer.
+    ``user``: has "few" pairs and no gradient, has a "hundred" pairs, or of these asks for "legible" features alone, or
+    for what is "gentle" to other text. ``prompts``: also ways that make a prompt longer.
     """
     found = ways(book)
     found = found[~found["method"].isin(CONTROLS)]
     mean = found.groupby("way")[["budget", "gradients", "stored", "l0", "tokens"]].mean()
-    may = pd.Series(True, mean.index) if prompts else mean["tokens"].le(mean["tokens"].min())
+    may = found.groupby("way")["task"].nunique().eq(found["task"].nunique())  # made on every task
+    may &= prompts | mean["tokens"].le(mean["tokens"].min())
     if user == "few":
         may &= mean["budget"].lt(mean["budget"].max()) & mean["gradients"].eq(0)
     if user == "legible":
         may &= mean["l0"].le(LEGIBLE)
+    if user == "gentle":
+        may &= ways(book, "text").groupby("way")["d_ntp"].mean().reindex(mean.index).le(GENTLE)
     return mean.index[may].tolist()
 
 
