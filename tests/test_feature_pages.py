@@ -209,6 +209,50 @@ def test_a_link_is_made_only_to_a_page_that_there_is(folder, monkeypatch):
         evidence.feature(10, 7, folder=folder)
 
 
+@pytest.fixture
+def labelled(folder):
+    """The same with labels of features 3 and 4, a second seed, and another experiment that tried features alone."""
+    places = [{"before": "", "token": text, "after": "", "activation": 3.0, "source": "sotu", "language": "en",
+               "quantile": 5 - i % 5} for i, text in enumerate(NASTY)]  # fmt: skip
+    named = pd.DataFrame({
+        "layer": 10, "latent": [3, 4], "label": [f"promotes {NASTY[0]}", "no label"], "fires": [NASTY, []],
+        "promotes": [NASTY, []], "quantiles": [places, []], "detection": [0.9, np.nan], "intruder": 0.25,
+        "detection_shuffled": 0.5, "output": 0.8, "output_shuffled": 0.45, "prediction": np.nan,
+        "prediction_shuffled": np.nan,
+    })  # fmt: skip
+    save(named, "labels", "blocks.10", folder)
+    again = {"layer": 10, "latent": 3, "second": "second_seed", "match": 1, "match_active": 2, "correlation": 0.6}
+    save([again | {"first": "shipped", "cosine": 0.7}, again | {"first": "first_seed", "cosine": 0.1}],
+         "stability", "blocks.10", folder)  # fmt: skip
+    alone = [steered("antonyms", "executor", 3, 0.9), steered("antonyms", "executor", 5, -0.2),
+             steered("antonyms", "executor", -1, -0.15)]  # fmt: skip
+    save(alone, "12_labels", "antonyms", folder)
+    return folder
+
+
+def test_a_label_stands_with_its_scores_its_quantiles_and_a_second_seed_and_stays_text(labelled, monkeypatch):
+    features = {found.name: found for found in evidence.load(folder=labelled)}
+    shown = Text(evidence.label(features["10_3"]))
+    assert shown.text == f"Label: promotes {NASTY[0]}." and not shown.tags & {"script"}
+    scores = Text(evidence.scores(features["10_3"])).text
+    assert "0.90" in scores and "0.50" in scores and "–" in scores
+    assert Text(evidence.quantiles(features["10_3"])).text.startswith("5/5")
+    assert "cosine of 0.70" in evidence.stability(features["10_3"]) and "0.60" in evidence.stability(features["10_3"])
+    for said in (evidence.label, evidence.scores, evidence.stability, evidence.quantiles):
+        assert "nb-none" in said(features["6_9"])
+    monkeypatch.setenv("NB_TABLES", str(labelled))
+    assert Text(evidence.link(10, 3)).text == f"3 promotes {NASTY[0]}"
+    listed = feature_pages.index(list(features.values()), [])
+    assert evidence.show(NASTY[0]) in listed and NASTY[0] not in listed and "0.70" in listed
+
+
+def test_a_feature_that_experiment_05_has_not_tried_has_its_causal_test_from_12(labelled):
+    features = {found.name: found for found in evidence.load(folder=labelled)}
+    tried = features["10_5"].steering
+    assert tried[["task", "rel_loss", "random"]].values.tolist() == [["antonyms", -0.2, -0.15]]
+    assert features["10_3"].steering["rel_loss"].tolist() == [-0.5, 0.4], "what 05 has tried counts"
+
+
 def test_every_page_and_the_list_are_written_and_old_ones_go(features, tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("features")
     sources = [

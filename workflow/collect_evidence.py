@@ -225,9 +225,10 @@ def main(argv: list[str] | None = None) -> None:
 def write(args: argparse.Namespace) -> None:
     """Collect the evidence for all layers asked for and write their tables."""
     corpus = build_corpus.read(cache_dir() / "corpus")
-    model = models.load(args.model).fast()
+    model = models.load(args.model)
     asked = [int(layer) for layer in args.layers.split(",")] if args.layers else saes.layers(model, args.sae_set)
     loaded = [saes.load(model, args.sae_set, layer).to(model.device) for layer in asked]
+    model = model.fast()  # after the SAEs: the random one depends on the model's precision
     text = showable(corpus.documents, model.tokenizer, int(args.tokens))
     del model.layout.blocks[max(sae.layer for sae in loaded) + 1 :]
     parameters = {
