@@ -68,7 +68,7 @@ COLORS = {
     "instruction": "#5B3A8C",
     "heads_added": "#3D8F8F",
     "heads_reward": "#7B8B1D",
-    "heads_gradient": "#B5651D",
+    "heads_gradient": "#A8552B",
     "single": "#F0A202",
     "own": "#D95F0E",
     "other_task": "#1F78B4",
