@@ -71,6 +71,9 @@ COLORS = {
     "same_density": "#9A6A3A",
     "most_active": "#2F6B4F",
     "one_example_stretched": "#B5651D",
+    "correlated": "#4B0055",
+    "discriminative": "#00588B",
+    "attributed": "#A3B200",
 }
 MARKERS = {
     "centred_best_scale": "s",
@@ -110,6 +113,9 @@ MARKERS = {
     "same_density": "d",
     "most_active": "8",
     "one_example_stretched": "H",
+    "correlated": "s",
+    "discriminative": "^",
+    "attributed": "P",
 }
 LABELS = {
     "zero_shot": "zero-shot",
@@ -155,6 +161,9 @@ LABELS = {
     "same_density": "random, equal density",
     "most_active": "most active",
     "one_example_stretched": "one example stretched",
+    "correlated": "correlated with right answers",
+    "discriminative": "telling arrows apart",
+    "attributed": "gradient × activation",
 }
 # Where a vector of every token stands.
 STEERED = {
