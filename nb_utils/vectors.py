@@ -241,6 +241,38 @@ def density_matched(
     return drawn
 
 
+def correlated(codes: Float[Tensor, "n d_sae"], right: Float[Tensor, " n"], k: int) -> list[int]:
+    """Take the ``k`` latents whose activation correlates most with a right answer, over ``n`` prompts.
+
+    Pearson's correlation, the largest, of the token that says the answer: how CorrSteer selects (Cho, Wu and Koshiyama
+    2025, arXiv:2508.12535). Latents that never vary, or answers that are all alike, correlate with nothing.
+    """
+    latent, answer = codes - codes.mean(0), (right - right.mean()).to(codes)
+    found = (latent * answer[:, None]).sum(0) / (latent.norm(dim=0) * answer.norm()).clamp_min(1e-9)
+    return found.argsort(descending=True, stable=True)[:k].tolist()
+
+
+def discriminative(own: Float[Tensor, "n d_sae"], other: Float[Tensor, "m d_sae"], k: int) -> list[int]:
+    """Take the ``k`` latents that best tell some tokens from others, where they are active more.
+
+    That SDCV keeps the latents that best differentiate positive from negative samples is from its paper (Zhao et al.
+    2025, arXiv:2505.15038); the measure is ours: the difference of the means over the mean spread of the two.
+    """
+    spread = ((own.var(0, correction=0) + other.var(0, correction=0)) / 2).sqrt()
+    apart = (own.mean(0) - other.mean(0)) / spread.clamp_min(1e-9)
+    return apart.argsort(descending=True, stable=True)[:k].tolist()
+
+
+def attributed(gradient: Float[Tensor, " d_model"], codes: Float[Tensor, " d_sae"], sae: Sae, k: int) -> list[int]:
+    """Take the ``k`` latents whose codes lower the loss most, to first order: gradient times activation.
+
+    ``gradient``: of the loss by what is added to the stream. ``codes``: signed, what a latent would add (attribution
+    patching: Nanda 2023; of SAE latents: Marks et al. 2024, arXiv:2403.19647).
+    """
+    lowers = -codes * (sae.W_dec @ gradient)
+    return lowers.argsort(descending=True, stable=True)[:k].tolist()
+
+
 def contrast_codes(at: Streams, layer: int, sae: Sae, k: int | None = None) -> Codes:
     """Subtract mean zero-shot codes from mean few-shot codes; keep the ``k`` largest (None: all).
 

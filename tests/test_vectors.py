@@ -396,3 +396,25 @@ def test_the_largest_codes_are_those_that_move_the_vector_most():
     kept = vectors.keep_largest(codes, 2, sae)
     assert torch.equal(kept, torch.tensor([[0.1, -5.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]]))
     assert torch.equal(vectors.keep_largest(codes, 99, sae), codes)
+
+
+def test_latents_are_selected_as_others_do():
+    right = torch.tensor([0.0, 1, 0, 1, 1, 0])
+    codes = torch.stack([right * 2, 1 - right, torch.ones(6), torch.tensor([0.0, 1, 0, 1, 0, 0])], 1)
+    assert vectors.correlated(codes, right, 2) == [0, 3]
+    assert vectors.correlated(codes, torch.ones(6), 2) == [0, 1], "answers that are all alike choose none before others"
+    own, other = torch.zeros(4, 3), torch.zeros(4, 3)
+    own[:, 0], other[:, 0] = torch.tensor([1.0, 3, 1, 3]), torch.tensor([0.0, 2, 0, 2])  # a spread of 1: apart by 1
+    own[:, 1], other[:, 1] = torch.tensor([1.0, 3, 1, 3]) / 9, torch.tensor([0.0, 0, 0, 0])  # small, but never there
+    assert vectors.discriminative(own, other, 3) == [1, 0, 2]
+
+
+def test_attribution_is_the_first_order_change_of_the_loss():
+    sae = orthogonal()
+    codes = torch.linspace(-1, 2, len(sae.W_dec))
+    target = sae.W_dec[0] - 3 * sae.W_dec[1] + 0.1 * sae.W_dec[2]
+    point = torch.zeros(sae.W_dec.shape[1], requires_grad=True)
+    (gradient,) = torch.autograd.grad((point - target).square().sum() / 2, point)
+    lowers = (codes * (sae.W_dec @ target)).tolist()
+    chosen = vectors.attributed(gradient, codes, sae, 3)
+    assert chosen[0] == 1 and [lowers[i] for i in chosen] == pytest.approx(sorted(lowers, reverse=True)[:3], abs=1e-6)

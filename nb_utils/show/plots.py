@@ -76,6 +76,9 @@ COLORS = {
     "same_density": "#9A6A3A",
     "most_active": "#2F6B4F",
     "one_example_stretched": "#B5651D",
+    "correlated": "#4B0055",
+    "discriminative": "#00588B",
+    "attributed": "#A3B200",
 }
 # Dictionaries of experiment 11; those that nobody trained have dashed lines.
 DICTIONARIES = {
@@ -132,6 +135,9 @@ MARKERS = {
     "same_density": "d",
     "most_active": "8",
     "one_example_stretched": "H",
+    "correlated": "s",
+    "discriminative": "^",
+    "attributed": "P",
 }
 LABELS = {
     "zero_shot": "zero-shot",
@@ -190,6 +196,9 @@ LABELS = {
     "orthonormal": "random orthonormal",
     "components": "principal components",
     "unembedding": "unembedding rows",
+    "correlated": "correlated with right answers",
+    "discriminative": "telling arrows apart",
+    "attributed": "gradient × activation",
 }
 # Where a vector of every token stands.
 STEERED = {
