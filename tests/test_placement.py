@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from benchmarks import cases, peers
 from nb_utils import cleaning, engine, models, prompts, saes, tasks, vectors
 from nb_utils.show import plots
-from workflow import grown, runs
+from workflow import grown, runs, visual
 
 EXPERIMENTS = sorted(Path(__file__).resolve().parents[1].glob("book/experiments/*.ipynb"))
 ALL = [path.stem for path in EXPERIMENTS if path.stem not in OWN]
@@ -213,6 +213,24 @@ def test_grown_models_learn_and_their_vectors_are_cleaned_on_another_device(else
         sum(both).backward()
         found[device] += [*(loss.item() for loss in both), model.hf.lm_head.weight.grad.norm().item()]
     assert found[str(AWAY)] == pytest.approx(found["cpu"], abs=1e-3)
+
+
+def test_visual_vectors_do_the_same_on_another_device(elsewhere, tmp_path, monkeypatch):
+    visual.save(visual.fresh(visual.Spec(blocks=2, d_model=16, heads=2)), tmp_path)
+    kinds, asked = visual.numbered([("clean", "invert"), ("dark", "copy")])
+    of, found = visual.grids(visual.figures(), kinds, asked, torch.Generator().manual_seed(0)), {}
+    for device in (str(AWAY), "cpu"):
+        monkeypatch.setenv("NB_DEVICE", device)
+        model = visual.load("grids", tmp_path)
+        assert model.device == torch.device(device)
+        values, masks = visual.means(model, of)[0], torch.eye(len(visual.sites(model.spec)))
+        rewards = visual.in_turns(model, of, torch.stack([values, values]))(masks)
+        problem = visual.Painted(model, 0, of, of)
+        found[device] = [*visual.closer(model, of, values, masks).flatten().tolist(), *rewards.nansum(0).tolist()]
+        found[device] += problem.validation_loss(torch.ones(1, 32)).tolist()
+        found[device] += [row["mse"] for row in visual.measured(model, 1)]
+        assert visual.nearest(visual.seen(model, of.query, of.example), of).shape == (2,)
+    assert found[str(AWAY)] == pytest.approx(found["cpu"], abs=1e-4)
 
 
 def run_cells(path, given):
