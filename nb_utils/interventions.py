@@ -297,14 +297,14 @@ def divergence(
     """
     before = log_probs(site) if before is None else before
     p, owners = before.exp(), site.rows[0]
-    own = (p * before).sum(-1)
+    own, whole = (p * before).sum(-1), p.sum(-1)  # over so many tokens not quite 1 in fp32
     counts = torch.bincount(owners, minlength=len(site.prompts))
     found = torch.zeros(len(what), len(site.prompts), device=before.device)
     for i in range(len(what)):  # one way's logits at a time
         hidden = site.read_by(streams(site, what.of(torch.tensor([i]))))[0]
         logits = site.model.layout.logits(hidden)
-        cross = torch.einsum("rv,rv->r", p, logits) - logits.logsumexp(-1)
-        found[i].index_add_(0, owners, own - cross)
+        kl = (own - torch.einsum("rv,rv->r", p, logits)) / whole - whole.log() + logits.logsumexp(-1)
+        found[i].index_add_(0, owners, kl)
     return (found / counts).cpu()
 
 
