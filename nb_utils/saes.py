@@ -12,7 +12,6 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -227,62 +226,6 @@ def random(model: Model, layer: int, d_sae: int = 64, seed: int = 0) -> Sae:
         name=f"random.{hook}", sae_set="random", hook_name=hook, layer=layer, architecture="jumprelu", k=None,
         sha256=digest.hexdigest(), **tensors,
     )
-
-
-def controls(model: Model, names: Iterable[str], layer: int) -> dict[str, Sae]:
-    """Load, of the sets that the shipped one is held against, those that are here and have an SAE after a block.
-
-    They lie in ``controls/<model>/<name>`` of `shipped`, where `workflow.train_saes` puts them
-    (workflow/dictionaries.yaml names them all); none comes with the book.
-    """
-    home = shipped() / "controls" / _last(_place(model.name))
-    here = [name for name in names if (home / name).is_dir() and layer in _folder_layers(home / name)]
-    return {name: load(model, home / name, layer) for name in here}
-
-
-@torch.no_grad()
-def untrained(
-    name: str, layer: int, directions: Float[Tensor, "d_sae d_in"], x: Float[Tensor, "tokens d_in"], k: int
-) -> Sae:
-    """Build a dictionary of given directions that nobody trained: a tied encoder, the ``k`` largest codes, one gain.
-
-    ``x``: the residual stream after block ``layer``, recorded on some text. On are the ``k`` latents along whose unit
-    direction ``x`` less its mean goes farthest; a threshold would go by the few tokens that are many times as long as
-    the rest. Codes are these lengths times the one gain at which they reconstruct ``x`` best, every token weighing the
-    same (about 1 where directions are orthogonal).
-    """
-    W_dec, mean = torch.nn.functional.normalize(directions.float(), dim=1), x.mean(0)
-    centred = x - mean
-    top = (centred @ W_dec.T).topk(k)
-    found = torch.zeros(len(x), len(W_dec)).scatter(1, top.indices, top.values.relu()) @ W_dec
-    weight = centred.square().sum(1, keepdim=True).clamp_min(1e-9).reciprocal()
-    gain = (weight * found * centred).sum() / (weight * found.square()).sum()
-    tensors = {
-        "W_enc": (gain * W_dec.T).contiguous(), "b_enc": -gain * (W_dec @ mean), "W_dec": W_dec, "b_dec": mean,
-        "threshold": torch.zeros(len(W_dec)),
-    }
-    digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors.values()))
-    return Sae(
-        name=name, sae_set=name, hook_name=f"blocks.{layer}.hook_resid_post", layer=layer, architecture="topk", k=k,
-        sha256=digest.hexdigest(), **tensors,
-    )
-
-
-def orthonormal(d_in: int, seed: int = 0) -> Float[Tensor, "2*d_in d_in"]:
-    """Draw orthonormal directions, each with its opposite."""
-    drawn = torch.randn(d_in, d_in, generator=torch.Generator().manual_seed(seed))
-    basis = torch.linalg.qr(drawn).Q
-    return torch.cat([basis, -basis])
-
-
-def components(x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "2*d_in d_in"]:
-    """Return the principal components of a recorded residual stream, each with its opposite.
-
-    Of the directions of tokens from their mean, so that the few that are many times as long as the rest weigh as much.
-    """
-    unit = torch.nn.functional.normalize((x - x.mean(0)).double(), dim=1)
-    basis = torch.linalg.eigh(unit.T @ unit).eigenvectors.T.flip(0).to(x.dtype)
-    return torch.cat([basis, -basis])
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """What experiments share: what all of them load, and rows, scores of candidates as the book's tidy tables."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -80,6 +82,17 @@ def prepare_exchanges(task: str, model: str, sae_set: str, layers: str | int, ha
     wanted = list(saes.layers(lm, sae_set)) if layers == "all" else [int(part) for part in str(layers).split(",")]
     dictionaries = {layer: saes.load(lm, sae_set, layer) for layer in wanted}
     return Loaded(talk.task, talk.splits, lm, lm.fast() if half else lm, wanted, wanted, dictionaries)
+
+
+def controls(model: Model, names: Iterable[str], layer: int) -> dict[str, Sae]:
+    """Load, of the sets that the shipped one is held against, those that are here and have an SAE after a block.
+
+    They lie in ``controls/<model>/<name>`` of `saes.shipped`, where ``python -m workflow.train_saes --out
+    saes/controls`` puts them (workflow/dictionaries.yaml names them all); none comes with the book.
+    """
+    home = saes.shipped() / "controls" / Path(model.name).name
+    here = [name for name in names if (home / name).is_dir() and layer in saes.layers(model, home / name)]
+    return {name: saes.load(model, home / name, layer) for name in here}
 
 
 @dataclass(frozen=True)

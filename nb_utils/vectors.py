@@ -4,6 +4,7 @@ Decompositions are sibling functions with one signature: the separators, a layer
 (ignored where the method has no such knob). They return codes together with the vector that these decode to.
 """
 
+import hashlib
 import random
 import re
 from collections import Counter
@@ -289,3 +290,51 @@ def keep_largest(codes: Float[Tensor, "... d_sae"], k: int, sae: Sae) -> Float[T
     size = codes.abs() * sae.W_dec.norm(dim=1)
     kept = size.topk(min(k, size.shape[-1])).indices
     return torch.zeros_like(codes).scatter(-1, kept, codes.gather(-1, kept))
+
+
+# Dictionaries that nobody trained: what the SAE is held against
+
+
+@torch.no_grad()
+def untrained(
+    name: str, layer: int, directions: Float[Tensor, "d_sae d_in"], x: Float[Tensor, "tokens d_in"], k: int
+) -> Sae:
+    """Build a dictionary of given directions that nobody trained: a tied encoder, the ``k`` largest codes, one gain.
+
+    ``x``: the residual stream after block ``layer``, recorded on some text. On are the ``k`` latents along whose unit
+    direction ``x`` less its mean goes farthest; a threshold would go by the few tokens that are many times as long as
+    the rest. Codes are these lengths times the one gain at which they reconstruct ``x`` best, every token weighing the
+    same (about 1 where directions are orthogonal).
+    """
+    W_dec, mean = torch.nn.functional.normalize(directions.float(), dim=1), x.mean(0)
+    centred = x - mean
+    top = (centred @ W_dec.T).topk(k)
+    found = torch.zeros(len(x), len(W_dec)).scatter(1, top.indices, top.values.relu()) @ W_dec
+    weight = centred.square().sum(1, keepdim=True).clamp_min(1e-9).reciprocal()
+    gain = (weight * found * centred).sum() / (weight * found.square()).sum()
+    tensors = {
+        "W_enc": (gain * W_dec.T).contiguous(), "b_enc": -gain * (W_dec @ mean), "W_dec": W_dec, "b_dec": mean,
+        "threshold": torch.zeros(len(W_dec)),
+    }
+    digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors.values()))
+    return Sae(
+        name=name, sae_set=name, hook_name=f"blocks.{layer}.hook_resid_post", layer=layer, architecture="topk", k=k,
+        sha256=digest.hexdigest(), **tensors,
+    )
+
+
+def orthonormal(d_in: int, seed: int = 0) -> Float[Tensor, "2*d_in d_in"]:
+    """Draw orthonormal directions, each with its opposite."""
+    drawn = torch.randn(d_in, d_in, generator=torch.Generator().manual_seed(seed))
+    basis = torch.linalg.qr(drawn).Q
+    return torch.cat([basis, -basis])
+
+
+def components(x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "2*d_in d_in"]:
+    """Return the principal components of a recorded residual stream, each with its opposite.
+
+    Of the directions of tokens from their mean, so that the few that are many times as long as the rest weigh as much.
+    """
+    unit = torch.nn.functional.normalize((x - x.mean(0)).double(), dim=1)
+    basis = torch.linalg.eigh(unit.T @ unit).eigenvectors.T.flip(0).to(x.dtype)
+    return torch.cat([basis, -basis])

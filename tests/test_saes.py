@@ -791,32 +791,3 @@ def test_text_for_saes_begins_with_bos_where_prompts_do_and_goes_on_from_the_tok
         assert usual.shape == ours.shape and torch.equal(usual[:, 1:], ours[:, 1:])
         assert (usual[:, 0] == tiny.tokenizer.bos_token_id).all()
         assert ((ours[1:, 1] - ours[1:, 0] - 1) % 200 == 0).all(), "the first token is the one before in the text"
-
-
-def test_untrained_dictionaries_have_as_many_latents_on_as_asked_and_explain_what_their_directions_can():
-    x = torch.randn(2000, 24, generator=torch.Generator().manual_seed(0)) * torch.linspace(3, 0.1, 24) + 5
-    found = {
-        "orthonormal": saes.untrained("orthonormal", 1, saes.orthonormal(24), x, 8),
-        "components": saes.untrained("components", 1, saes.components(x), x, 8),
-    }
-    lost = {}
-    for name, sae in found.items():
-        square = sae.W_dec[:24] @ sae.W_dec[:24].T
-        torch.testing.assert_close(square, torch.eye(24), atol=1e-4, rtol=0)
-        assert torch.equal(sae.W_dec[24:], -sae.W_dec[:24])
-        codes = sae.encode(x)
-        assert ((codes > 0).sum(1) == 8).all()
-        error = x - sae.decode(codes)
-        lost[name] = (error.square().sum() / (x - x.mean(0)).square().sum()).item()
-        whole = saes.untrained(name, 1, sae.W_dec, x, 24)  # all is on
-        torch.testing.assert_close(whole.decode(whole.encode(x)), x, atol=0.05, rtol=0)
-    assert lost["components"] < lost["orthonormal"] < 1
-
-
-def test_controls_are_those_sets_that_are_here(tiny, tmp_path, monkeypatch):
-    monkeypatch.setenv("NB_SAES", str(tmp_path))
-    assert saes.controls(tiny, ["second_seed"], 2) == {}
-    saved(tmp_path / "controls/tiny/second_seed/blocks.2.hook_resid_post", seed=3)
-    found = saes.controls(tiny, ["second_seed", "frozen_decoder"], 2)
-    assert list(found) == ["second_seed"] and torch.equal(found["second_seed"].W_dec, random_saelens(seed=3).W_dec)
-    assert saes.controls(tiny, ["second_seed"], 3) == {}

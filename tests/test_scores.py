@@ -8,6 +8,7 @@ import re
 import pandas as pd
 import pytest
 import torch
+from test_saes import random_saelens
 
 from nb_utils import engine, prompts, saes, scores, tasks
 from nb_utils.record import tables
@@ -199,3 +200,12 @@ def test_several_seeds_need_a_block_to_be_repeated_at():
     assert scores.repeated([6, 8], "11", 1) == []
     with pytest.raises(ValueError, match=r"repeat_layers is 11, layers are 6, 8; let it name one of these\."):
         scores.repeated([6, 8], "11", 2)
+
+
+def test_controls_are_those_sets_that_are_here(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("NB_SAES", str(tmp_path))
+    assert scores.controls(tiny, ["second_seed"], 2) == {}
+    random_saelens(seed=3).save_model(tmp_path / "controls/tiny/second_seed/blocks.2.hook_resid_post")
+    found = scores.controls(tiny, ["second_seed", "frozen_decoder"], 2)
+    assert list(found) == ["second_seed"] and torch.equal(found["second_seed"].W_dec, random_saelens(seed=3).W_dec)
+    assert scores.controls(tiny, ["second_seed"], 3) == {}

@@ -418,3 +418,23 @@ def test_attribution_is_the_first_order_change_of_the_loss():
     lowers = (codes * (sae.W_dec @ target)).tolist()
     chosen = vectors.attributed(gradient, codes, sae, 3)
     assert chosen[0] == 1 and [lowers[i] for i in chosen] == pytest.approx(sorted(lowers, reverse=True)[:3], abs=1e-6)
+
+
+def test_untrained_dictionaries_have_as_many_latents_on_as_asked_and_explain_what_their_directions_can():
+    x = torch.randn(2000, 24, generator=torch.Generator().manual_seed(0)) * torch.linspace(3, 0.1, 24) + 5
+    found = {
+        "orthonormal": vectors.untrained("orthonormal", 1, vectors.orthonormal(24), x, 8),
+        "components": vectors.untrained("components", 1, vectors.components(x), x, 8),
+    }
+    lost = {}
+    for name, sae in found.items():
+        square = sae.W_dec[:24] @ sae.W_dec[:24].T
+        torch.testing.assert_close(square, torch.eye(24), atol=1e-4, rtol=0)
+        assert torch.equal(sae.W_dec[24:], -sae.W_dec[:24])
+        codes = sae.encode(x)
+        assert ((codes > 0).sum(1) == 8).all()
+        error = x - sae.decode(codes)
+        lost[name] = (error.square().sum() / (x - x.mean(0)).square().sum()).item()
+        whole = vectors.untrained(name, 1, sae.W_dec, x, 24)  # all is on
+        torch.testing.assert_close(whole.decode(whole.encode(x)), x, atol=0.05, rtol=0)
+    assert lost["components"] < lost["orthonormal"] < 1

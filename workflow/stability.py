@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from nb_utils import models, saes
+from nb_utils import models, saes, scores
 from nb_utils.models import cache_dir
 from nb_utils.record import tables
 from nb_utils.saes import CONFIG, Sae
@@ -101,7 +101,7 @@ def write(args: argparse.Namespace) -> list[Path]:
     place = args.model.rstrip("/").rsplit("/", 1)[-1]
     folders = {SHIPPED: home / place} | {name: home / "controls" / place / name for name in names}
     for layer in saes.layers(model, folders[SHIPPED]):
-        here = {SHIPPED: saes.load(model, folders[SHIPPED], layer), **saes.controls(model, names, layer)}
+        here = {SHIPPED: saes.load(model, folders[SHIPPED], layer), **scores.controls(model, names, layer)}
         here = {name: sae.to(device) for name, sae in here.items()}
         compared = [(a, b) for a, b in product(FIRSTS, here) if a in here and b not in FIRSTS]
         if not compared:
@@ -118,7 +118,7 @@ def write(args: argparse.Namespace) -> list[Path]:
     if not written:
         raise StabilityError(
             f"None of {', '.join(names)} is in {home / 'controls' / place}: train them first with "
-            f"`python -m workflow.train_saes --sets {args.sets}`."
+            f"`python -m workflow.train_saes --sets {args.sets} --out {home / 'controls'}`."
         )
     return written
 

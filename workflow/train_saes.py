@@ -35,7 +35,7 @@ from nb_utils.saes import CONFIG, WEIGHTS
 from workflow import build_corpus
 
 SETS = Path(__file__).with_name("dictionaries.yaml")
-SHIPPED = "shipped"  # the set that lies in saes/<model>; others lie in saes/controls/<model>/<set>
+SHIPPED = "shipped"  # the set that lies in saes/<model> itself; others have a folder there
 CONTEXT = 128  # tokens of a training sequence, BOS included
 CHUNK = 512  # sequences harvested, shuffled and learned at a time: 65,024 tokens
 BATCH = 2048  # tokens of a gradient step
@@ -247,8 +247,8 @@ def save(saes, specs, args, model, corpus_sha256):
 
     for spec in specs:
         hook = f"blocks.{spec.layer}.hook_resid_post"
-        place = args.model.rstrip("/").rsplit("/", 1)[-1]
-        target = Path(args.out, *([place] if spec.set == SHIPPED else ["controls", place, spec.set]), hook)
+        folder = Path(args.out) / args.model.rstrip("/").rsplit("/", 1)[-1]
+        target = (folder if spec.set == SHIPPED else folder / spec.set) / hook
         folded = saes[spec.key].folded()
         d_sae, d_in = folded["W_dec"].shape
         trained = BatchTopKTrainingSAE(
