@@ -119,7 +119,8 @@ def test_patching_its_own_outputs_changes_nothing(model):
     everywhere = torch.ones(1, model.n_layers, model.layout.n_heads)
     patch = heads.Patch(own(model, batch)[None], everywhere)
     plain, patched = site.unsteered().nll, heads.evaluate(site, patch).nll
-    torch.testing.assert_close(patched, plain, atol=1e-4 if model.name == "gemma-3-270m" else 1e-6, rtol=0,
+    few = 4 * torch.finfo(torch.float32).eps  # units in the last place of losses of some nats
+    torch.testing.assert_close(patched, plain, atol=1e-4 if model.name == "gemma-3-270m" else 0, rtol=few,
                                equal_nan=True)  # fmt: skip
     for layer in (0, model.n_layers - 1):
         stream = heads.after(site, patch, layer)[0]
