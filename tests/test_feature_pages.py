@@ -226,7 +226,7 @@ def labelled(folder):
          "stability", "blocks.10", folder)  # fmt: skip
     alone = [steered("antonyms", "executor", 3, 0.9), steered("antonyms", "executor", 5, -0.2),
              steered("antonyms", "executor", -1, -0.15)]  # fmt: skip
-    save(alone, "12_labels", "antonyms", folder)
+    save(alone, "15_labels", "antonyms", folder)
     return folder
 
 

@@ -664,7 +664,7 @@ def test_labels_are_held_against_those_of_other_features_of_the_tasks_that_keep_
                          for i, task in ((1, "one"), (2, "one"), (2, "two"), (3, ""))])  # fmt: skip
     alone = [dict(task="one", kind="executor", layer=6, latent=i, which="best", in_clean=own, rel_loss=change)
              for i, own, change in ((1, True, -0.1), (2, True, 0.1), (3, False, 0.2), (-1, False, -0.9))]  # fmt: skip
-    found = {"labels": pd.DataFrame(named), "12_labels": pd.DataFrame(alone)}
+    found = {"labels": pd.DataFrame(named), "15_labels": pd.DataFrame(alone)}
     monkeypatch.setattr(Book, "read", lambda self, stem: found[stem])
     monkeypatch.setattr(Book, "done", pd.Series({"one": True, "two": True}))
     monkeypatch.setattr(claims.evidence, "surviving", lambda model, folder: kept)

@@ -421,7 +421,7 @@ def test_dictionaries_are_those_that_are_here_and_untrained_ones_and_those_of_th
 
 
 def test_every_feature_is_tried_alone_beside_random_directions(tables_of):
-    table = pd.read_parquet(tables_of("12_labels") / "12_labels/tiny/antonyms.parquet")
+    table = pd.read_parquet(tables_of("15_labels") / "15_labels/tiny/antonyms.parquet")
     tried = table[table["which"] == "best"]
     kept = pd.read_parquet(tables_of("02_cleanup") / "02_cleanup_features/tiny/antonyms.parquet")
     own = set(statistics.survivors(kept)[["layer", "latent"]].itertuples(index=False, name=None))

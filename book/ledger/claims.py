@@ -620,7 +620,7 @@ class Book:
             raise ClaimError("No second seed was trained to find the features again in.")
         return alone.merge(found[["layer", "latent", "cosine", "correlation"]], on=["layer", "latent"])
 
-    # Experiment 12, and labels
+    # Experiment 15, and labels
 
     @cached_property
     def labelled(self) -> pd.DataFrame:
@@ -636,7 +636,7 @@ class Book:
 
     def alone(self, own: bool) -> pd.Series:
         """Return the share of a task's features, or of other tasks', that lower its loss alone."""
-        found = rows(self.table("12_labels"), which="best", in_clean=own)
+        found = rows(self.table("15_labels"), which="best", in_clean=own)
         return found[found["latent"] >= 0].groupby("task")["rel_loss"].apply(lambda changes: (changes < 0).mean())
 
     # Experiment 13

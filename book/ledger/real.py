@@ -1,4 +1,4 @@
-"""The numbers that decide whether what is found is real: experiments 06 to 14, and planted worlds."""
+"""The numbers that decide whether what is found is real: experiments 06 to 15, and planted worlds."""
 
 from __future__ import annotations
 
@@ -583,7 +583,7 @@ def recurrence_predicts_effect(book: Book) -> Comparison:
     }))  # fmt: skip
 
 
-# 12 Labels: can they be wrong?
+# 15 Labels: can they be wrong?
 
 
 @number

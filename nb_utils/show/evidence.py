@@ -20,7 +20,7 @@ from nb_utils.show import labels, plots
 from nb_utils.text import visible
 
 SOURCES = {"executor": "02_cleanup_features", "detector": "04_detectors_features"}
-STEERING = ("05_cross_task_steering", "12_labels")  # the first counts where both have tried the same
+STEERING = ("05_cross_task_steering", "15_labels")  # the first counts where both have tried the same
 MASS, FEATURES, LABELS, STABILITY = "04_detectors_mass", "features", "labels", "stability"
 PLACES = {"executor": "at the separator", "detector": "at the dummy output of a one-shot prompt"}
 TOKEN_TYPES = ("input", "arrow", "output", "newline")
