@@ -123,7 +123,7 @@ tools: .venv-tools/installed
 	$(BIN)/python -m venv --clear .venv-tools
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 	  >"$$(.venv-tools/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/project.pth"
-	.venv-tools/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	.venv-tools/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/requirements-tools.txt
 	touch $@
 
 audit: .venv-audit/installed

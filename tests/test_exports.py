@@ -66,9 +66,9 @@ def test_the_card_says_where_the_vector_stands_by_other_counts_and_what_it_does_
     block = dict(tiny.hf.base_model.named_modules())[card["module"]]
     assert block is tiny.layout.blocks[LAYER]
     ids = torch.tensor([[2, 9, 17]])
-    seen = []
-    with tiny.layout.hooked(LAYER, seen.append):
-        entries = tiny.hf(ids, output_hidden_states=True).hidden_states
+    seen, twin = [], tiny.to(tiny.dtype)  # transformers leaves hooks of its own where it has given hidden states
+    with twin.layout.hooked(LAYER, seen.append):
+        entries = twin.hf(ids, output_hidden_states=True).hidden_states
     assert torch.equal(entries[LAYER + 1], seen[0])
     losses = card["losses"]
     assert set(losses) == set(exports.PLACES) and losses["last"] == pytest.approx(card["loss"], abs=1e-4)

@@ -252,7 +252,8 @@ def test_experiments_run_on_another_device(elsewhere, tmp_path, monkeypatch):
 
 def agree(stems, device, kind, tmp_path, monkeypatch):
     """Run experiments on a device and on the CPU, and compare their tables."""
-    given = TINY | SIZES | {"layers": "2,3", "seeds": 1, "steps": 4}
+    # In single precision: each processor rounds sums of bfloat16 in its own way, and tuning widens that at will.
+    given = TINY | SIZES | {"layers": "2,3", "seeds": 1, "steps": 4, "half": False}
     monkeypatch.setenv("MPLBACKEND", "agg")
     for path in (path for path in EXPERIMENTS if path.stem in stems):
         for place, name in (("there", device), ("here", "cpu")):

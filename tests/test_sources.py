@@ -60,7 +60,7 @@ ALL = {"01_reconstruction_loss", "02_cleanup", "04_detectors", "05_cross_task_st
 CHANGES = {
     "what 01 alone measures": ("vectors.py", "algorithm) -> Codes:\n", "algorithm) -> Codes:\n    k = 1\n", {0}),
     "what 04 and 05 take": ("statistics.py", "most: int = 5, k: int = 10", "most: int = 5, k: int = 20", {2, 3}),
-    "what others call": ("engine.py", "keep: int = 16384", "keep: int = 8192", {1, 2, 3}),
+    "what others call": ("engine.py", "*others: Site, keep: int = 16384", "*others: Site, keep: int = 8192", {1, 2, 3}),
     "a constant": ("tasks.py", '"vector": 0.35, "train": 0.20', '"vector": 0.30, "train": 0.25', {0, 1, 2, 3}),
     "a comment": ("tasks.py", "# The smallest bucket that", "# The least bucket that", set()),
     "a docstring": ("tasks.py", '"""A named set of pairs', '"""A set of pairs', set()),
