@@ -289,12 +289,6 @@ def test_two_runs_with_one_seed_give_the_same_bytes(path, tables_of, tables_agai
         assert (first / table).read_bytes() == (second / table).read_bytes(), f"{table} differs"
 
 
-def test_a_kernel_of_its_own_gives_what_a_forked_one_gives(tables_of, tmp_path, monkeypatch):
-    monkeypatch.delenv("NB_KERNELS")
-    made = runner(tmp_path, {})("01_reconstruction_loss") / "01_reconstruction_loss/tiny/antonyms.parquet"
-    assert made.read_bytes() == (tables_of("01_reconstruction_loss") / made.relative_to(tmp_path)).read_bytes()
-
-
 @every_experiment
 def test_a_table_says_all_that_it_depends_on(path, tables_of):
     made = list(tables_of(path.stem).glob(f"{path.stem}*/{tables.OWN_MODELS.get(path.stem, 'tiny')}/*.parquet"))
