@@ -3,8 +3,9 @@
 import pandas as pd
 import pytest
 
-from book.ledger import ledger, real
+from book.ledger import ledger
 from book.ledger.claims import NUMBERS, Book, ClaimError
+from book.ledger.numbers import shots
 
 TASKS = {"antonyms": 1.0, "en_es": 0.5, "algo_first": 0.2, "algo_last": 0.1}  # right with one token; in the prompt .8
 
@@ -62,10 +63,10 @@ def test_every_number_is_what_the_tables_say(book):
 
 
 def test_streams_stand_where_those_of_the_most_examples_validate_best(book):
-    assert real.shots_layer(book) == 8 and real.most_shots(book) == 16
-    assert list(real.switched(book, "executor").index) == sorted(TASKS)
+    assert shots.shots_layer(book) == 8 and shots.most_shots(book) == 16
+    assert list(shots.switched(book, "executor").index) == sorted(TASKS)
 
 
 def test_what_was_not_tried_is_named(book):
     with pytest.raises(ClaimError, match="no task_vector rows of 4 examples"):
-        real.recovery(book, 4)
+        shots.recovery(book, 4)

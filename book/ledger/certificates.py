@@ -13,6 +13,7 @@ from pandas.io.formats.style import Styler
 
 from book.ledger import ledger
 from book.ledger.claims import Book, ClaimError
+from book.ledger.numbers import necessity
 from nb_utils import statistics
 from nb_utils.record import tables
 from nb_utils.show import plots
@@ -64,8 +65,8 @@ def necessary(book: Book, method: str) -> pd.Series:
     """
     _sparse(method, "no features to take away")
     names = set(rows(book.table("10_necessity"), kind="executor", mode="zero", on="test")["method"]) - {"own"}
-    controls = pd.concat([book.needed("executor", name) for name in sorted(names)], axis=1)
-    return book.needed("executor") - controls.max(axis=1)
+    controls = pd.concat([necessity.needed(book, "executor", name) for name in sorted(names)], axis=1)
+    return necessity.needed(book, "executor") - controls.max(axis=1)
 
 
 def stable(book: Book, method: str) -> pd.Series:
