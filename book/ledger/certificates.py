@@ -183,6 +183,17 @@ def by_task(ticks: pd.DataFrame, method: str = "prune_contrast") -> Styler:
     return plots.table(shown.rename_axis(index=None, columns=None), index=True)
 
 
+def in_words(book: Book | None = None, method: str = "prune_contrast") -> dict[str, str]:
+    """Say of every task's vector which ticks it gets; of no task where the model has no tables."""
+    try:
+        found = rows(given(book), vector=method)
+    except tables.TableError:
+        return {}
+    said = found["verdict"].map(MARKS) + " " + found["certificate"]
+    words = said.groupby(found["task"], sort=False).agg(" · ".join)
+    return {task: f"The task's vector ({plots.label(method)}): {ticks}." for task, ticks in words.items()}
+
+
 def summary(ticks: pd.DataFrame) -> Styler:
     """Show every tick, what it asks, and of every vector how many tasks get it, of those where it is measured."""
     lines = []
