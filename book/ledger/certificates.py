@@ -189,7 +189,7 @@ def in_words(book: Book | None = None, method: str = "prune_contrast") -> dict[s
         found = rows(given(book), vector=method)
     except tables.TableError:
         return {}
-    said = found["verdict"].map(MARKS) + " " + found["certificate"]
+    said = found["verdict"].map(MARKS) + "\N{NO-BREAK SPACE}" + found["certificate"]
     words = said.groupby(found["task"], sort=False).agg(" · ".join)
     return {task: f"The task's vector ({plots.label(method)}): {ticks}." for task, ticks in words.items()}
 
