@@ -27,6 +27,8 @@ numbers(
         over_tasks(explained(book, "stream", "shown") - explained(book, "stream", "others"))
     ),
     features_add_up=lambda book: over_tasks(explained(book, "own", "shown") - explained(book, "own", "constant")),
+    label_words_help=lambda book: compare(at_answers(book), at_answers(book, "few_shot")),
+    label_words_beat_chance=lambda book: compare(at_answers(book), at_answers(book, "matched_random")),
 )
 
 
@@ -118,3 +120,15 @@ def explained(book: Book, method: str, guess: str) -> pd.Series:
     """Return the share of the change by several examples that a guess explains, at the block of `shots_layer`."""
     found = rows(book.table("14_shots_sums"), method=method, guess=guess, layer=shots_layer(book))
     return found.groupby("task")["explained"].mean()
+
+
+def at_answers(book: Book, method: str = "label_words") -> pd.DataFrame:
+    """Return the rows of what is added at the answers of examples, each task after the block that validates best.
+
+    "few_shot": nothing is.
+    """
+    found = rows(book.table("14_shots_labels"), method=method)
+    if found.empty:
+        raise ClaimError(f"Experiment 14 has no {method} rows at the answers of examples.")
+    value = "loss" if book.choices.block == "test" else "validation_loss"
+    return found if method == "few_shot" else found.loc[found.groupby("task")[value].idxmin()]
