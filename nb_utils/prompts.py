@@ -26,7 +26,8 @@ class Template:
 ARROW = Template()
 TEMPLATES = {
     "arrow": ARROW, "colon": Template(":"), "equals": Template(" ="), "question": Template("\nA:", before="Q: "),
-    "instruction": Template(opening="Complete the list.\n"),
+    "spanish": Template("\nRespuesta:", before="Pregunta: "), "instruction": Template(opening="Complete the list.\n"),
+    "choice": ARROW,  # of pairs that are `offered`
 }  # fmt: skip
 # The same pairs in plain sentences, without an arrow.
 SENTENCES = {
@@ -42,17 +43,21 @@ LANGUAGES = {"de": "German", "en": "English", "es": "Spanish", "fr": "French", "
 INSTRUCTIONS = {
     "algo_first": "Give the first word of the list.", "algo_second": "Give the second word of the list.",
     "algo_last": "Give the last word of the list.", "antonyms": "Give the opposite of the word.",
+    "city_language": "Give the language that is spoken in the city.",
     "country_capital": "Give the capital of the country.", "element_symbol": "Give the symbol of the chemical element.",
+    "last_plural": "Give the plural of the last word of the list.",
     "location_continent": "Give the continent that the country is on.",
     "location_country": "Give the country that the city is in.",
     "location_language": "Give the language that is spoken in the country.",
     "location_religion": "Give the main religion of the country.",
+    "noun_category": "Say what sort of thing the word names.",
     "person_language": "Give the native language of the person.",
     "person_nationality": "Give the nationality of the person.",
     "person_profession": "Give the profession of the person.", "plural_singular": "Give the singular of the word.",
     "present_simple_gerund": "Give the -ing form of the verb.",
     "present_simple_past_perfect": "Give the past participle of the verb.",
     "present_simple_past_simple": "Give the past tense of the verb.", "singular_plural": "Give the plural of the word.",
+    "word_sentiment": "Say whether the word is positive or negative.",
 }  # fmt: skip
 
 
@@ -176,6 +181,21 @@ def few_shot(
         shots = rng.sample(others, min(n_shots, len(others)))
         prompts.append(encode(tokenizer, shuffled(shots, mixing) if shuffle_labels else shots, query, template))
     return prompts
+
+
+def offered(pairs, n: int = 3) -> list[Pair]:
+    """Give every input ``n`` answers to choose from, behind it in a random order: its own and wrong ones of others.
+
+    Fewer where the pairs have no ``n`` answers that differ. What is offered depends on the pairs alone.
+    """
+    found = []
+    for pair in pairs:
+        rng = random.Random(pair.x)
+        wrong = sorted({other.y for other in pairs} - set(pair.answers))
+        options = [pair.y, *rng.sample(wrong, min(n - 1, len(wrong)))]
+        rng.shuffle(options)
+        found.append(Pair(f"{pair.x} ({', '.join(options)})", pair.y, pair.answers))
+    return found
 
 
 def plain(tokenizer, texts) -> list[Prompt]:

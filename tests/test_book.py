@@ -132,7 +132,7 @@ def test_a_browser_opens_every_page_from_disk_without_complaint(browser, built, 
 
 
 def test_a_figure_says_its_values_to_mouse_and_keyboard(browser, built):
-    tab = browser.new_page()
+    tab = browser.new_page(reduced_motion="reduce")  # else the page may still be scrolling when the mouse comes
     tab.goto((built / "book/findings/02_cleanup.html").resolve().as_uri(), timeout=120_000)
     figure = tab.locator("figure.nb-values").first
     said, picture = figure.locator("output"), figure.locator("svg")

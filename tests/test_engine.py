@@ -607,7 +607,8 @@ def test_what_cannot_be_steered_is_refused_in_one_sentence(tiny, change, says):
 
 def test_texts_are_apart_by_what_a_plain_pass_has_at_their_last_tokens(tiny):
     first, second = (prompts.plain(tiny.tokenizer, texts) for texts in (["cold", "small one"], ["hot"]))
-    ends = [[tiny.hf(torch.tensor([p.ids]), output_hidden_states=True).hidden_states for p in texts]
+    plain = copy.deepcopy(tiny.hf)  # asked for hidden states, a model keeps hooks for ever
+    ends = [[plain(torch.tensor([p.ids]), output_hidden_states=True).hidden_states for p in texts]
             for texts in (first, second)]  # fmt: skip
     expected = ends[0][0][3][0, -1] / 2 + ends[0][1][3][0, -1] / 2 - ends[1][0][3][0, -1]
     torch.testing.assert_close(engine.ends_apart(tiny, first, second)[2], expected, atol=1e-4, rtol=0)

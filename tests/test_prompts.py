@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -69,8 +70,19 @@ def test_the_templates_of_the_book_read_as_they_are_meant(tokenizer):
     assert shown == {
         "arrow": "hot -> cold\nup -> down", "colon": "hot: cold\nup: down", "equals": "hot = cold\nup = down",
         "question": "Q: hot\nA: cold\nQ: up\nA: down",
-        "instruction": "Complete the list.\nhot -> cold\nup -> down",
+        "spanish": "Pregunta: hot\nRespuesta: cold\nPregunta: up\nRespuesta: down",
+        "instruction": "Complete the list.\nhot -> cold\nup -> down", "choice": "hot -> cold\nup -> down",
     }  # fmt: skip
+
+
+def test_an_offer_has_the_answer_among_wrong_ones_and_is_the_same_each_time():
+    pairs = [pair("hot", "cold"), pair("up", "down"), tasks.Pair("big", "small", ("small", "down")), pair("in", "out")]
+    found = prompts.offered(pairs)
+    assert found == prompts.offered(pairs) and [p.y for p in found] == [p.y for p in pairs]
+    for before, after in zip(pairs, found, strict=True):
+        options = re.fullmatch(rf"{before.x} \((.*)\)", after.x)[1].split(", ")
+        assert len(set(options)) == 3 and set(options) & set(before.answers) == {before.y}
+    assert prompts.offered(pairs[:2])[0].x in ("hot (cold, down)", "hot (down, cold)")
 
 
 @pytest.mark.parametrize("query", PAIRS, ids=lambda p: p.x)

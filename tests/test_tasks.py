@@ -4,6 +4,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -64,7 +65,8 @@ def test_every_shipped_task_loads_and_says_where_it_comes_from(kind, name):
     task = tasks.load(name, kind)
     assert task.name == name
     assert task.kind == kind
-    assert task.category in {"lexical", "translation", "knowledge", "inflection", "list", "register", "sentiment"}
+    word = {"lexical", "translation", "knowledge", "inflection", "list", "classification", "composition"}
+    assert task.category in word | {"register", "sentiment"}
     assert task.licence != "not stated"
     assert re.search(r"\d+\.\d+", task.origin), "the origin names a package and its version"
     assert len(task.pairs) >= (SHORTER[name][0] if name in SHORTER else 100)
@@ -105,6 +107,22 @@ def test_a_list_task_answers_with_the_word_at_its_place(name, index):
         words = pair.x.split(", ")
         assert len(set(words)) == 4
         assert pair.y == words[index]
+
+
+def test_a_composed_task_is_one_task_after_another():
+    first = {name: {pair.x: pair for pair in tasks.load(name).pairs} for name in
+             ("singular_plural", "location_country", "location_language")}  # fmt: skip
+    for pair in tasks.load("last_plural").pairs:
+        assert pair.answers == first["singular_plural"][pair.x.split(", ")[-1]].answers
+    for pair in tasks.load("city_language").pairs:
+        country = first["location_country"][pair.x].y
+        assert pair.answers == first["location_language"][country].answers
+
+
+@pytest.mark.parametrize(("name", "labels"), [("noun_category", 7), ("word_sentiment", 2)])
+def test_a_classification_has_few_labels_and_none_for_most(name, labels):
+    found = Counter(pair.y for pair in tasks.load(name).pairs)
+    assert len(found) == labels and max(found.values()) <= len(tasks.load(name).pairs) / 2
 
 
 @pytest.mark.parametrize("name", [name for name in tasks.names() if name.startswith("present_simple")])
@@ -425,6 +443,7 @@ word:person_nationality:dc3c250a word:person_profession:4c27e13b word:plural_sin
 word:present_simple_gerund:ab9e7214 word:present_simple_past_perfect:3c7eae97
 word:present_simple_past_simple:8a94bc5f word:singular_plural:51f7e5fa sentence:de_en:af115820
 sentence:en_de:56c49d9d sentence:en_es:f8a2e72d sentence:en_fr:57e3a60b sentence:en_it:1615d807
+word:noun_category:e79e0429 word:word_sentiment:5b88f6f4 word:last_plural:baed83ad word:city_language:a16e77a0
 sentence:es_en:2674886b sentence:fr_en:88c5458d sentence:it_en:ba37176b
 """
 

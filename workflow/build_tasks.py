@@ -118,7 +118,7 @@ class WordNet:
         words = [re.sub(r"\(.*\)$", "", word) for word in field[4 : 4 + 2 * n_words : 2]]
         at = 4 + 2 * n_words
         pointers = [tuple(field[at + 1 + 4 * i : at + 5 + 4 * i]) for i in range(int(field[at]))]
-        return {"words": words, "pointers": pointers, "gloss": gloss.strip()}
+        return {"words": words, "pointers": pointers, "gloss": gloss.strip(), "file": int(field[1])}
 
     def is_mostly(self, word: str, pos: str) -> bool:
         """Tell whether `pos` is the usual part of speech of a word in WordNet's tagged text."""
@@ -802,6 +802,58 @@ def word_lists(net: WordNet, task: str, index: int, count: int = 300) -> list[tu
     return pairs
 
 
+# ------------------------------------------------------------------------------ labels, and one task after another
+
+
+CATEGORIES = {5: "animal", 8: "body", 12: "feeling", 13: "food", 18: "person", 20: "plant", 27: "substance"}
+DROP_CATEGORISED = words_of("""
+    mary seaweed beak wallpaper urine sewage mankind cr sir indian christ nobody catholic mexican israeli hay
+    straw hip bud corpse womb""")
+
+
+def noun_category(net: WordNet) -> list[tuple[str, list[str]]]:
+    """Pair nouns with the file of WordNet that their first two senses stand in."""
+    found = []
+    for noun in by_frequency(nouns(net)):
+        files = [net.synsets["n", offset]["file"] for offset in net.senses[noun, "n"][:2]]
+        if len(set(files)) == 1 and files[0] in CATEGORIES and noun not in UNWANTED | DROP_CATEGORISED:
+            found.append((noun, [CATEGORIES[files[0]]]))
+    return capped(found, MAX_PER_CLASS)
+
+
+RATED = 1.8  # of 4, the mean rating from which on a word has a sign
+DROP_RATED = words_of("""
+    raped retarded goddamn murdered stabbed tortured super united respective supporting bully fascist
+    positive negative""")
+
+
+def word_sentiment(net: WordNet, most: int = 120) -> list[tuple[str, list[str]]]:
+    """Pair adjectives with the sign of their rating, as many of either."""
+    spec = importlib.util.find_spec("vaderSentiment")
+    lines = Path(spec.origin).with_name("vader_lexicon.txt").read_text(encoding="utf-8").splitlines()
+    ratings = {word: float(mean) for word, mean, *_ in (line.split("\t") for line in lines)}
+    adjectives = [
+        word
+        for word in by_frequency(set(ratings))
+        if WORD.fullmatch(word) and is_common(word) and net.is_mostly(word, "a") and word not in UNWANTED | DROP_RATED
+    ]
+    signs = {"positive": 1, "negative": -1}
+    found = [(word, [sign]) for word in adjectives for sign, side in signs.items() if side * ratings[word] >= RATED]
+    return capped(found, most)
+
+
+def last_plural(net: WordNet) -> list[tuple[str, list[str]]]:
+    """Pair lists of four nouns with the plural of the last."""
+    plural = dict(plurals(net))
+    return [(four, plural[last]) for four, (last,) in word_lists(net, "last_plural", -1)]
+
+
+def city_language(net: WordNet) -> list[tuple[str, list[str]]]:
+    """Pair cities with the official languages of their country."""
+    spoken = dict(location_language())
+    return capped([(city, spoken[land[0]]) for city, land in location_country(net) if land[0] in spoken], MAX_PER_CLASS)
+
+
 # ------------------------------------------------------------------------------------------------- sentences
 
 
@@ -949,6 +1001,38 @@ def word_tasks(net: WordNet, share: Path):
             f"lists of four nouns of singular_plural, drawn by hash; {inflections}",
             word_lists(net, name, index),
         )
+    yield (
+        "noun_category",
+        "Noun to category",
+        "classification",
+        "WordNet 3.0 licence",
+        f"{WORDNET}: the lexicographers' file of a noun's first two senses; {chosen}",
+        noun_category(net),
+    )
+    yield (
+        "word_sentiment",
+        "Adjective to sentiment",
+        "classification",
+        "MIT",
+        f"{package('vaderSentiment')}: adjectives rated {RATED} and more, or {-RATED} and less; {chosen}",
+        word_sentiment(net),
+    )
+    yield (
+        "last_plural",
+        "Plural of the last of four words",
+        "composition",
+        "MIT",
+        f"lists of four nouns of singular_plural, drawn by hash; {inflections}",
+        last_plural(net),
+    )
+    yield (
+        "city_language",
+        "City to language",
+        "composition",
+        "CC-BY-4.0 (GeoNames); public domain (World Factbook)",
+        f"the countries of location_country, the languages of location_language; {geonames}, {factbook}, {WORDNET}",
+        city_language(net),
+    )
     yield (
         "element_symbol",
         "Element to symbol",

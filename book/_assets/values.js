@@ -13,7 +13,7 @@ function readable(figure) {
     spot?.classList.add("nb-at");
     said.textContent = words.get(spot) ?? "";
   };
-  picture.addEventListener("pointerover", (event) => say(event.target.closest(".nb-spot")));
+  picture.addEventListener("pointerover", (event) => say(event.target.closest(".nb-spot") ?? spots[at]));
   picture.addEventListener("pointerleave", () => say(spots[at]));
   picture.setAttribute("tabindex", "0");
   picture.setAttribute("role", "group");

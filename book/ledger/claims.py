@@ -21,7 +21,10 @@ from nb_utils.statistics import Comparison, best_layer, choose, over_tasks, rows
 
 NUMBERS: dict[str, Callable[[Book], Comparison | float]] = {}
 # Families of tasks, by the category that their files name; a task of any other is one of "others".
-FAMILIES = {"translation": "translations", "knowledge": "knowledge", "inflection": "inflections", "list": "lists"}
+FAMILIES = {
+    "translation": "translations", "knowledge": "knowledge", "inflection": "inflections", "list": "lists",
+    "classification": "classifications", "composition": "compositions",
+}  # fmt: skip
 
 
 class ClaimError(ValueError):

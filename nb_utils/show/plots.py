@@ -207,7 +207,8 @@ STEERED = {
 }  # fmt: skip
 # How a prompt of each template reads, in one line.
 TEMPLATES = {
-    "arrow": "x -> y", "colon": "x: y", "equals": "x = y", "question": "Q: x ⏎ A: y", "instruction": "line ⏎ x -> y",
+    "arrow": "x -> y", "colon": "x: y", "equals": "x = y", "question": "Q: x ⏎ A: y",
+    "spanish": "Pregunta: x ⏎ Respuesta: y", "instruction": "line ⏎ x -> y", "choice": "x (y, z, w) -> y",
 }  # fmt: skip
 STYLES = {"add": "-", "replace": (0, (5, 2)), "none": (0, (1, 1.5))}
 UNITS = {
