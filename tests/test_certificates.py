@@ -125,3 +125,13 @@ def test_published_numbers_are_cited_and_ours_come_from_tables(tmp_path):
     wrong.write_text(published.DATA.read_text().replace("ours: cleaned_changes", "ours: no_such"))
     with pytest.raises(ClaimError, match="no counterpart 'no_such'"):
         published.read(wrong)
+
+
+def test_the_microscope_says_the_ticks_of_a_task_and_none_where_there_are_no_tables():
+    given = certificates.given(BOOK)
+    asked = dict(vector="prune_contrast", task="antonyms", certificate="sufficient")
+    one = statistics.rows(given, **asked)["verdict"].item()
+    said = certificates.in_words(BOOK)["antonyms"]
+    assert f"{certificates.MARKS[one]}\N{NO-BREAK SPACE}sufficient" in said
+    assert said.count(" · ") == len(certificates.CERTIFICATES) - 1
+    assert certificates.in_words(Book("tiny")) == {}

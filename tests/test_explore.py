@@ -17,6 +17,7 @@ from nbclient import NotebookClient
 from nbformat.sign import NotebookNotary
 from playwright.sync_api import expect
 
+from book.ledger import certificates
 from nb_utils import tasks
 from nb_utils.record import tables
 from nb_utils.show import widgets
@@ -75,6 +76,7 @@ def test_the_static_control_moves_and_shows_the_right_cell_of_the_grid(page):
         box.locator('[data-field="example"]').select_option(str(example))
         box.locator('[data-field="search"]').fill(str(latent))
         box.locator('[data-field="feature"]').select_option(str(latent))
+        assert text(box, "ticks") == certificates.in_words()[task]
         slider = box.locator('[data-field="scale"]')
         for place in (0, len(scales) - 2):
             slider.fill(str(place))

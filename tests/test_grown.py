@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from book.ledger import neighbours
 from book.ledger.claims import NUMBERS, Book, ClaimError
+from book.ledger.numbers import grown_vectors
 from nb_utils import cleaning, files
 from nb_utils.record import tables
 from workflow import grow, grown, stale, training
@@ -339,7 +339,7 @@ def book(tmp_path):
         ("in_context", -1, "held_out", 7, held), ("in_context", -1, "longer", 15, longer), step=step)]  # fmt: skip
     for part, frame in (("", main), ("_places", places), ("_timeline", timeline)):
         origin = {"parameters": {"task": "offset", "seeds": 2}}
-        tables.save(pd.DataFrame(frame), f"{neighbours.GROWN}{part}", "offset", origin, folder=tmp_path)
+        tables.save(pd.DataFrame(frame), f"{grown_vectors.GROWN}{part}", "offset", origin, folder=tmp_path)
     return Book(folder=str(tmp_path))
 
 
@@ -364,13 +364,13 @@ def test_claims_on_grown_models_are_decided_by_these_rows(book, number, expected
 
 def test_at_equal_skill_a_grown_model_is_held_against_an_earlier_plain_one(book):
     """The plain model of step 100 is as good in context as the grown one at its end, the one of step 200 is not."""
-    assert neighbours.at_equal_skill(book, "held_out").tolist() == pytest.approx([0.1, 0.1])
-    assert neighbours.at_equal_skill(book, "longer").tolist() == pytest.approx([0.1, 0.1])
+    assert grown_vectors.at_equal_skill(book, "held_out").tolist() == pytest.approx([0.1, 0.1])
+    assert grown_vectors.at_equal_skill(book, "longer").tolist() == pytest.approx([0.1, 0.1])
 
 
 def test_what_no_family_holds_out_is_no_number(book):
     with pytest.raises(ClaimError, match="no such rows of grown models"):
-        neighbours.with_examples(book, "grown", "elsewhere")
+        grown_vectors.with_examples(book, "grown", "elsewhere")
 
 
 def test_other_weights_make_tables_stale(shelf, tmp_path):

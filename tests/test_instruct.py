@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 import torch
 
-from book.ledger import claims, neighbours
+from book.ledger import claims
 from book.ledger.claims import Book, ClaimError
+from book.ledger.numbers import instruct_vectors
 from nb_utils import engine, models, prompts, scores, tasks
 from nb_utils.record import tables
 from nb_utils.tasks import TaskError
@@ -209,6 +210,6 @@ def test_claims_on_instruct_vectors_are_decided_by_these_rows(book, number, expe
 
 def test_a_way_that_was_not_measured_decides_nothing(book):
     with pytest.raises(ClaimError, match="no such contrast"):
-        neighbours.talked(book, "contrast")
+        instruct_vectors.talked(book, "contrast")
     with pytest.raises(ClaimError, match="no replies of random"):
-        neighbours.says_ai(book, "random")
+        instruct_vectors.says_ai(book, "random")

@@ -11,11 +11,17 @@ import pandas as pd
 import pytest
 import yaml
 
-from book.ledger import claims, ledger, neighbours, real
+from book.ledger import claims, ledger
 from book.ledger.claims import Book, Choices, ClaimError
+from book.ledger.numbers import function_vectors as fv
+from book.ledger.numbers import hendel as thetas
+from book.ledger.numbers import necessity as need
+from book.ledger.numbers import places as placing
+from book.ledger.numbers import which_vector as which
 from nb_utils import statistics, tasks
 from nb_utils.record import sources, tables
 from nb_utils.record.tables import ROOT
+from nb_utils.show import evidence
 from nb_utils.statistics import Comparison
 from workflow import choices
 
@@ -285,10 +291,10 @@ def hendel(**columns):
 def test_a_theta_stands_at_the_block_of_its_development_cases_the_earliest_of_equals(more):
     found = more("20_hendel", hendel())
     assert claims.NUMBERS["theta_keeps_icl"](found).mean == pytest.approx(0.2 / 0.5)
-    assert neighbours.window(found) == [9, 10] and neighbours.usual(found) == 9
+    assert thetas.window(found) == [9, 10] and thetas.usual(found) == 9
     assert claims.NUMBERS["theta_window"](found).mean == pytest.approx(1)
     best_on_test = found.otherwise(block="test")
-    assert set(neighbours.hendel(best_on_test, "theta")["layer"]) == {9}, "the lowest loss"
+    assert set(thetas.hendel(best_on_test, "theta")["layer"]) == {9}, "the lowest loss"
 
 
 def test_who_wins_against_examples_is_counted_for_the_vector_and_languages_stand_alone(more):
@@ -340,12 +346,12 @@ def test_features_are_held_against_the_strictest_control_where_all_blocks_go_at_
                 "removal_spares_other_tasks": 0.3 - 3.6, "removal_spares_text": 0.05}  # fmt: skip
     assert means == pytest.approx(expected) and '"same_activation"' in rows["executors_beat_controls"].decides
     assert "no detectors" in rows["detectors_are_needed"].decides or rows["detectors_are_needed"].number is None
-    assert found.bottleneck("executor") == 8
+    assert need.bottleneck(found, "executor") == 8
 
 
 def test_where_nothing_is_lost_nothing_can_be_rescued(more):
     found = more("10_necessity", pd.concat([necessity("antonyms"), necessity("en_es", own=0.1)]))
-    assert list(found.rescuers("executor").index) == ["antonyms"]
+    assert list(need.rescuers(found, "executor").index) == ["antonyms"]
 
 
 def test_the_stored_choices_are_those_of_every_claim_and_agree_with_the_tables():
@@ -434,13 +440,13 @@ def effects_of_heads():
 
 
 def test_a_head_is_judged_on_tasks_that_did_not_choose_it():
-    closed = neighbours.closed_by_one(effects_of_heads())
+    closed = fv.closed_by_one(effects_of_heads())
     # Without "one" the means are .25 and .15: head 0; without "three" .05 and .35: head 1. "two" has no gap.
     assert closed.round(6).to_dict() == {"one": round(0.1 / 0.8, 6), "three": 0.0}
-    assert neighbours.first_heads(effects_of_heads())["three"] == "block 3 head 0"
+    assert fv.first_heads(effects_of_heads())["three"] == "block 3 head 0"
     alone = effects_of_heads()
     with pytest.raises(ClaimError, match="no two tasks"):
-        neighbours.closed_by_one(alone[alone["task"].eq("one")])
+        fv.closed_by_one(alone[alone["task"].eq("one")])
 
 
 def test_features_are_moved_by_shares_of_their_rise_and_shared_by_number(monkeypatch):
@@ -450,11 +456,11 @@ def test_features_are_moved_by_shares_of_their_rise_and_shared_by_number(monkeyp
     codes = [dict(task="one", layer=9, method=method, latent=i) for method, some in sets.items() for i in some]
     found = {"21_function_vectors_features": pd.DataFrame(lines), "21_function_vectors_codes": pd.DataFrame(codes)}
     monkeypatch.setattr(Book, "table", lambda self, stem: found[stem])
-    monkeypatch.setattr(Book, "many_heads", 10)
+    monkeypatch.setattr(fv, "many_heads", lambda book: 10)
     book = Book()
-    assert neighbours.moved(book, "woken")["one"] == 0.4 and neighbours.moved(book, "silenced")["one"] == 0.9
-    assert neighbours.moved(book, "woken", random=True)["one"] == 0.05
-    assert neighbours.in_common(book, "a", "b")["one"] == 2
+    assert fv.moved(book, "woken")["one"] == 0.4 and fv.moved(book, "silenced")["one"] == 0.9
+    assert fv.moved(book, "woken", random=True)["one"] == 0.05
+    assert fv.in_common(book, "a", "b")["one"] == 2
 
 
 def steered_by_hand():
@@ -553,12 +559,12 @@ def side_by_side():
 def test_no_task_advises_itself_and_nobody_is_advised_what_they_cannot_make(monkeypatch):
     monkeypatch.setattr(Book, "table", lambda self, stem: side_by_side())
     book = Book()
-    assert neighbours.advised(book, "hundred")[0] == "centred_best_scale_of_100"
-    assert neighbours.followed(book, "hundred").set_index("task")["loss"].to_dict() == {"one": 4, "two": 4, "three": 9}
-    assert neighbours.advised(book, "few")[0] == "theta_mean_of_5"
-    assert neighbours.advised(book, "few", prompts=True)[0] == "few_shot_5_of_5"
-    assert neighbours.advised(book, "legible") == ("prune_contrast_20_of_100", [])
-    assert neighbours.allowed(book, "gentle") == ["centred_best_scale_of_100", "prune_contrast_20_of_100"]
+    assert which.advised(book, "hundred")[0] == "centred_best_scale_of_100"
+    assert which.followed(book, "hundred").set_index("task")["loss"].to_dict() == {"one": 4, "two": 4, "three": 9}
+    assert which.advised(book, "few")[0] == "theta_mean_of_5"
+    assert which.advised(book, "few", prompts=True)[0] == "few_shot_5_of_5"
+    assert which.advised(book, "legible") == ("prune_contrast_20_of_100", [])
+    assert which.allowed(book, "gentle") == ["centred_best_scale_of_100", "prune_contrast_20_of_100"]
     number = {name: round(claims.NUMBERS[name](book).mean, 9) for name in (
         "advice_does_the_task", "few_pairs_belong_in_the_prompt", "gradient_pays", "advice_travels",
         "advice_is_gentler_than_examples",
@@ -568,7 +574,7 @@ def test_no_task_advises_itself_and_nobody_is_advised_what_they_cannot_make(monk
         "advice_travels": round((1 + 1 + 5) / 3, 9),
         "advice_is_gentler_than_examples": round(0.09 * (2 + 2 + 7) / 3, 9),
     }  # fmt: skip
-    assert neighbours.ways(book.otherwise(block="test"))["own"].sum() == 0, "the lower test losses are of other blocks"
+    assert which.ways(book.otherwise(block="test"))["own"].sum() == 0, "the lower test losses are of other blocks"
 
 
 def places(method="prune_contrast", loss=2.0, **changed):
@@ -610,7 +616,7 @@ def test_a_place_is_judged_at_the_scale_that_validates_best_there_and_one_cost_a
         "written_tokens_help_what_is_written": 0.2,
     }  # fmt: skip
     assert {name: round(claims.NUMBERS[name](Book()).mean, 9) for name in expected} == pytest.approx(expected)
-    assert real.affordable(Book(), "clean").tolist() == [0, 0], "too dear at every scale"
+    assert placing.affordable(Book(), "clean").tolist() == [0, 0], "too dear at every scale"
     with pytest.raises(ClaimError, match=r"not tried single vectors so \(clamp, separator, zero-shot\)"):
         claims.NUMBERS["clamping_one_beats_adding_it"](Book())
     with pytest.raises(ClaimError, match="no vectors of 5 features"):
@@ -668,7 +674,7 @@ def test_labels_are_held_against_those_of_other_features_of_the_tasks_that_keep_
     found = {"labels": pd.DataFrame(named), "15_labels": pd.DataFrame(alone)}
     monkeypatch.setattr(Book, "read", lambda self, stem: found[stem])
     monkeypatch.setattr(Book, "done", pd.Series({"one": True, "two": True}))
-    monkeypatch.setattr(claims.evidence, "surviving", lambda model, folder: kept)
+    monkeypatch.setattr(evidence, "surviving", lambda model, folder: kept)
     told = claims.NUMBERS["labels_tell_where"](Book())
     assert told.by_task.round(9).to_dict() == {"one": 0.3, "two": 0.2}
     assert round(claims.NUMBERS["contexts_are_alike"](Book()).mean, 9) == 0.75

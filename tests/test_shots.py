@@ -3,8 +3,9 @@
 import pandas as pd
 import pytest
 
-from book.ledger import ledger, real
+from book.ledger import ledger
 from book.ledger.claims import NUMBERS, Book, ClaimError
+from book.ledger.numbers import shots
 
 TASKS = {"antonyms": 1.0, "en_es": 0.5, "algo_first": 0.2, "algo_last": 0.1}  # right with one token; in the prompt .8
 
@@ -31,6 +32,14 @@ def watched(task):
             for method, course in rises.items() for layer in (8, 11) for seen, a in enumerate(course)]
 
 
+def labelled(task):
+    """What is added at the answers of examples: the first block validates best."""
+    tried = [("few_shot", -1, None, 2.0), ("label_words", 8, 1.0, 1.5), ("label_words", 11, 2.0, 0.1),
+             ("matched_random", 8, 1.0, 1.9)]  # fmt: skip
+    return [dict(task=task, on="test", method=method, layer=layer, seed=0, shots=8, validation_loss=best, loss=loss,
+                 losses=[loss] * 3) for method, layer, best, loss in tried]
+
+
 @pytest.fixture(scope="module")
 def book():
     growth = [dict(task=task, kind="executor", method="own", layer=8, one=1.0, last=4.0, switch=2.0, addition=1.0)
@@ -44,6 +53,7 @@ def book():
         "14_shots": [one for task, share in TASKS.items() for one in held(task, share)],
         "14_shots_course": [one for task in TASKS for one in watched(task)],
         "14_shots_growth": growth, "14_shots_sums": sums,
+        "14_shots_labels": [one for task in TASKS for one in labelled(task)],
     }  # fmt: skip
     made._read |= {stem: pd.DataFrame(rows) for stem, rows in found.items()}
     return made
@@ -55,6 +65,7 @@ def test_every_number_is_what_the_tables_say(book):
         "examples_only_stretch": 0.2, "arrow_holds_most": -0.5, "two_examples_wake_executors": 0.75,
         "executors_rise_beyond_controls": 0.75 - 0.25, "executors_switch": 2 / 3, "whole_is_sum": 0.8,
         "shown_examples_count": 0.2, "features_add_up": -0.3,
+        "label_words_help": -0.5, "label_words_beat_chance": -0.4,
     }  # fmt: skip
     assert {name: NUMBERS[name](book).mean for name in expected} == pytest.approx(expected)
     claimed = {claim.number for claim in ledger.entries() if claim.page == "14_shots"}
@@ -62,10 +73,10 @@ def test_every_number_is_what_the_tables_say(book):
 
 
 def test_streams_stand_where_those_of_the_most_examples_validate_best(book):
-    assert real.shots_layer(book) == 8 and real.most_shots(book) == 16
-    assert list(real.switched(book, "executor").index) == sorted(TASKS)
+    assert shots.shots_layer(book) == 8 and shots.most_shots(book) == 16
+    assert list(shots.switched(book, "executor").index) == sorted(TASKS)
 
 
 def test_what_was_not_tried_is_named(book):
     with pytest.raises(ClaimError, match="no task_vector rows of 4 examples"):
-        real.recovery(book, 4)
+        shots.recovery(book, 4)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from book.ledger import neighbours
 from book.ledger.claims import NUMBERS, Book, ClaimError
+from book.ledger.numbers import visual_task_vectors
 from nb_utils import cleaning, files, saes
 from nb_utils.record import tables
 from nb_utils.show import plots
@@ -363,7 +363,7 @@ def book(tmp_path):
     rows += [{"method": method, "on": "test", "mse": mse, "k": k, "seed": 0, "layer": 1} for method, k, mse in pruned]
     for task in ("rotate", "invert"):
         frame = pd.DataFrame(rows).assign(task=task)
-        tables.save(frame, neighbours.VISUAL, task, {"parameters": {"task": task}}, folder=tmp_path)
+        tables.save(frame, visual_task_vectors.VISUAL, task, {"parameters": {"task": task}}, folder=tmp_path)
     return Book(folder=str(tmp_path))
 
 
@@ -405,4 +405,4 @@ def test_pictures_stand_in_the_row_of_their_task_and_the_column_of_what_they_are
 
 def test_what_experiment_23_lacks_is_no_number(book):
     with pytest.raises(ClaimError, match="Experiment 23 has no such gradient"):
-        neighbours.seen(book, "gradient")
+        visual_task_vectors.seen(book, "gradient")

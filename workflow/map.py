@@ -20,7 +20,7 @@ ROOMS = {
     "workflow": "#e8e8e8", "book.ledger": "#f6dcc8", "nb_utils.show": "#d9e8d3", "nb_utils.record": "#efe3b5",
     "nb_utils": "#cfe0f0",
 }  # fmt: skip
-WIDE, HIGH, ROW, GAP, LEFT = 104, 22, 46, 10, 110
+WIDE, HIGH, ROW, GAP, LEFT = 124, 22, 46, 10, 110
 MOST = 7  # modules in a row
 STYLE = (
     "text{font:12px sans-serif;text-anchor:middle}.room{text-anchor:start;font-weight:bold}"
@@ -30,14 +30,14 @@ FIRST = ("nb_utils", "nb_utils.tasks", "nb_utils.engine")  # a visitor's import,
 
 
 def room(module: str) -> str:
-    """Return the package of a module."""
-    return module.rpartition(".")[0]
+    """Return the room that a module stands in: its package, or the one around it."""
+    return max((name for name in ROOMS if module.startswith(f"{name}.")), key=len)
 
 
 def imports(root: Path = ROOT) -> dict[str, dict[str, bool]]:
     """Return {module: {module of ours that it imports: whether only when something is called}}."""
-    files = {f"{name}.{path.stem}": path for name in ROOMS for path in (root / name.replace(".", "/")).glob("*.py")}
-    files = {module: path for module, path in files.items() if not module.endswith(".__init__")}
+    paths = {path for name in ROOMS for path in (root / name.replace(".", "/")).rglob("*.py")}
+    files = {".".join(path.relative_to(root).with_suffix("").parts): path for path in paths if path.stem != "__init__"}
     found = {}
     for module, path in sorted(files.items()):
         tree = ast.parse(path.read_text(encoding="utf-8"))

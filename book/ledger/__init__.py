@@ -2,7 +2,7 @@
 
 One file a page, NN_name.yml, and pages.yml for what stands on several pages or on others than findings. Each has:
 
-claims: one entry each; `id` (or `number`) names a function of `post`, `real` or `neighbours` that computes the number.
+claims: one entry each; `id` (or `number`) names a function of a module of `numbers` that computes the number.
   `holds` is the side of a bound that the number must be on: with its whole 95 % interval and three quarters of the
   tasks (it holds), with its interval only (mostly), with an interval that contains the bound (undecided), or else it
   fails. `decides` says every choice, and may name a part of `claims.Book` in {braces}; vectors are there as their

@@ -13,6 +13,7 @@ from pandas.io.formats.style import Styler
 
 from book.ledger import ledger
 from book.ledger.claims import Book, ClaimError
+from book.ledger.numbers import necessity
 from nb_utils import statistics
 from nb_utils.record import tables
 from nb_utils.show import plots
@@ -64,8 +65,8 @@ def necessary(book: Book, method: str) -> pd.Series:
     """
     _sparse(method, "no features to take away")
     names = set(rows(book.table("10_necessity"), kind="executor", mode="zero", on="test")["method"]) - {"own"}
-    controls = pd.concat([book.needed("executor", name) for name in sorted(names)], axis=1)
-    return book.needed("executor") - controls.max(axis=1)
+    controls = pd.concat([necessity.needed(book, "executor", name) for name in sorted(names)], axis=1)
+    return necessity.needed(book, "executor") - controls.max(axis=1)
 
 
 def stable(book: Book, method: str) -> pd.Series:
@@ -180,6 +181,17 @@ def by_task(ticks: pd.DataFrame, method: str = "prune_contrast") -> Styler:
     ticked = found["verdict"].eq(YES).groupby(found["task"]).sum().sort_values(ascending=False, kind="stable")
     shown = grid.loc[ticked.index].assign(ticks=ticked).rename(index=plots.title)
     return plots.table(shown.rename_axis(index=None, columns=None), index=True)
+
+
+def in_words(book: Book | None = None, method: str = "prune_contrast") -> dict[str, str]:
+    """Say of every task's vector which ticks it gets; of no task where the model has no tables."""
+    try:
+        found = rows(given(book), vector=method)
+    except tables.TableError:
+        return {}
+    said = found["verdict"].map(MARKS) + "\N{NO-BREAK SPACE}" + found["certificate"]
+    words = said.groupby(found["task"], sort=False).agg(" · ".join)
+    return {task: f"The task's vector ({plots.label(method)}): {ticks}." for task, ticks in words.items()}
 
 
 def summary(ticks: pd.DataFrame) -> Styler:

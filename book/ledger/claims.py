@@ -1,8 +1,8 @@
 """Claims: what the numbers that decide them rest on, the tables and the choices that all of them share.
 
-A function decorated with `number` computes one, in `post`, `real` or `neighbours`; its name is the id of a claim, or
-what a sentence names. `ledger` compares it with what is claimed. What the numbers rest on and could have been chosen
-otherwise is data, `Choices`.
+A function decorated with `number`, or given to `numbers`, computes one, in a module of `book.ledger.numbers`; its name
+is the id of a claim, or what a sentence names. `ledger` compares it with what is claimed. What the numbers rest on and
+could have been chosen otherwise is data, `Choices`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import pandas as pd
 
 from nb_utils import statistics, tasks
 from nb_utils.record import tables
-from nb_utils.show import evidence
 from nb_utils.statistics import Comparison, best_layer, choose, over_tasks, rows
 
 NUMBERS: dict[str, Callable[[Book], Comparison | float]] = {}
+NAMED: dict[str, Callable[[Book], object]] = {}
 # Families of tasks, by the category that their files name; a task of any other is one of "others".
 FAMILIES = {
     "translation": "translations", "knowledge": "knowledge", "inflection": "inflections", "list": "lists",
@@ -35,6 +35,16 @@ def number(function: Callable[[Book], Comparison | float]) -> Callable[[Book], C
     """Register a function that computes, from a `Book`, a number with its interval, or a plain one."""
     NUMBERS[function.__name__] = function
     return function
+
+
+def numbers(**functions: Callable[[Book], Comparison | float]) -> None:
+    """Register functions of one expression, as `number` does."""
+    NUMBERS.update(functions)
+
+
+def named(**functions: Callable[[Book], object]) -> None:
+    """Register what claims call by a {placeholder}, beside the parts of a `Book`."""
+    NAMED.update(functions)
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,7 @@ class Book:
 
     def __getitem__(self, name: str) -> object:
         """Return a part by its name, for text with {placeholders}; of vectors, the block that they stand at."""
-        part = getattr(self, name)
+        part = NAMED[name](self) if name in NAMED else getattr(self, name)
         return int(part["layer"].iloc[0]) if isinstance(part, pd.DataFrame) else part
 
     @property
@@ -420,17 +430,6 @@ class Book:
             raise ClaimError("Its tasks are of too few families.")
         return of_families
 
-    # Experiment 21
-
-    @property
-    def many_heads(self) -> int:
-        """The heads of the larger function vector."""
-        return int(self.setting("21_function_vectors", "many"))
-
-    @property
-    def few_heads(self) -> int:
-        """The heads of the smaller one."""
-        return int(self.setting("21_function_vectors", "few"))
 
     # Experiment 06
 
@@ -503,159 +502,6 @@ class Book:
         found = rows(self.last("09_templates"), method=method)
         return found[found["made_on"].eq(found["tested_on"]) == home].groupby("task")["rel_loss"].mean()
 
-    # Experiment 10
-
-    def taken(self, kind: str, method: str = "own", **equal: object) -> pd.DataFrame:
-        """Return what is left of prompts when features are taken away (their codes are 0) and none is put back.
-
-        ``method``: whose they are: "own", the task's, or a control in equal number.
-        """
-        found = rows(self.table("10_necessity"), kind=kind, method=method, mode="zero", back=0, **equal)
-        if found.empty:
-            raise ClaimError(f"Experiment 10 has taken no {kind}s ({method}) away.")
-        return found
-
-    def needed(self, kind: str, method: str = "own", together: bool = True) -> pd.Series:
-        """Return the necessity of every task's features, or of a control.
-
-        ``together``: after all blocks at once, or else after `bottleneck` alone.
-        """
-        found = self.taken(kind, method, on="test")
-        if together:
-            found = found[found["together"].eq(found.groupby("task")["together"].transform("max"))]
-        else:
-            found = rows(found, together=1, layer=self.bottleneck(kind))
-        return found.groupby("task")["necessity"].mean()
-
-    def needed_beyond_any(self, kind: str) -> pd.Series:
-        """Return the necessity after `bottleneck` alone of what the features say beyond their mean at other tasks'."""
-        found = rows(self.table("10_necessity"), kind=kind, method="own", mode="mean", layer=self.bottleneck(kind))
-        return found.groupby("task")["necessity"].mean()
-
-    def bottleneck(self, kind: str) -> int:
-        """Return the block after which the task's features alone are needed most, on average: chosen on test."""
-        return int(self.taken(kind, on="test", together=1).groupby("layer")["necessity"].mean().idxmax())
-
-    def strictest(self, kind: str, together: bool = True) -> str:
-        """Name the control that is needed most on average."""
-        controls = ("other_task", "same_activation", "same_density", "most_active")
-        return max(controls, key=lambda control: self.needed(kind, control, together).mean())
-
-    @property
-    def strictest_executors(self) -> str:
-        return self.strictest("executor")
-
-    @property
-    def strictest_detectors(self) -> str:
-        return self.strictest("detector")
-
-    @property
-    def executor_bottleneck(self) -> int:
-        return self.bottleneck("executor")
-
-    def spared(self, kind: str, on: str, method: str = "own") -> pd.Series:
-        """Return what the same removal does elsewhere, to every task's: nats of loss ("other") or of KL ("text")."""
-        left = self.taken(kind, method, on=on).groupby("task")
-        if on == "text":
-            return left["d_ntp"].mean()
-        return left["loss"].mean() - rows(self.table("10_necessity"), on=on, mode="none").groupby("task")["loss"].mean()
-
-    def rescuers(self, kind: str) -> pd.Series:
-        """Return the share of every task's features that, put back by weight, restore half of what was lost.
-
-        Of tasks that lose a tenth of the few-shot gain or more: where nothing is lost, nothing can be restored.
-        """
-        found = rows(self.table("10_necessity"), kind=kind, method="own", mode="zero", on="test", together=1, seed=0)
-        found = found[found["layer"].isin(rows(found, features=0)["layer"])]  # where all come back in the end
-        shares = {}
-        for task, part in found[found["layer"].eq(found["layer"].max())].groupby("task"):
-            left = part.set_index("back")["necessity"].sort_index()
-            if left.loc[0] >= 0.1:
-                shares[task] = left.index[left <= left.loc[0] / 2].min() / left.index.max()
-        return pd.Series(shares, dtype=float)
-
-    # Experiment 11
-
-    @cached_property
-    def dictionaries(self) -> pd.DataFrame:
-        return self.table("11_dictionaries")
-
-    @property
-    def late_dictionaries(self) -> int:
-        """The last block where dictionaries are compared."""
-        return int(self.dictionaries["layer"].max())
-
-    @property
-    def early_dictionaries(self) -> int:
-        """The first one."""
-        return int(self.dictionaries.loc[self.dictionaries["layer"] >= 0, "layer"].min())
-
-    @property
-    def features_kept(self) -> int:
-        """The features of a dictionary that steer alone and are taken away."""
-        return int(self.setting("11_dictionaries", "most"))
-
-    def by_dictionary(self, name: str, method: str = "prune_contrast", layer: int | None = None) -> pd.DataFrame:
-        """Return the test rows of one dictionary, at the late block if no other is named.
-
-        Pruned vectors keep `k` features; cleaned ones have the penalty that validates best; of single features the one
-        that does.
-        """
-        at = {"dictionary": name, "method": method, "layer": self.late_dictionaries if layer is None else layer}
-        at |= {"k": self.k} if method == "prune_contrast" else {}
-        found = rows(self.dictionaries, **at)
-        if found.empty:
-            raise ClaimError(f"Experiment 11 has no {method} rows of the dictionary {name} at block {at['layer']}.")
-        if method == "single":
-            found = found.loc[found.groupby(["task", "seed"])["validation_loss"].idxmin()]
-        return choose(found) if method == "clean" else found
-
-    @property
-    def fair(self) -> str:
-        """The trained dictionary that learned from as much text as the frozen ones, if it is there."""
-        return "first_seed" if "first_seed" in set(self.dictionaries["dictionary"]) else "trained"
-
-    def recurring(self) -> pd.DataFrame:
-        """Return the features of the dictionary `fair` that steered alone, with their best matches in a second seed."""
-        alone = rows(self.dictionaries, dictionary=self.fair, method="single")
-        found = rows(self.read("stability"), first=self.fair, second="second_seed")
-        if found.empty or alone.empty:
-            raise ClaimError("No second seed was trained to find the features again in.")
-        return alone.merge(found[["layer", "latent", "cosine", "correlation"]], on=["layer", "latent"])
-
-    # Experiment 15, and labels
-
-    @cached_property
-    def labelled(self) -> pd.DataFrame:
-        """The labels of features with their scores, a row for every task that keeps one, of the tasks that count."""
-        kept = evidence.surviving(self.model, self.folder)[["layer", "latent", "task"]].drop_duplicates()
-        found = self.read("labels").merge(kept, on=["layer", "latent"])
-        return found[found["task"].map(self.done).fillna(False).astype(bool)]
-
-    def told(self, score: str) -> pd.Series:
-        """Return how much better a task's features score with their labels than with those of other features."""
-        found = self.labelled.dropna(subset=[score, f"{score}_shuffled"]).groupby("task")
-        return found[score].mean() - found[f"{score}_shuffled"].mean()
-
-    def alone(self, own: bool) -> pd.Series:
-        """Return the share of a task's features, or of other tasks', that lower its loss alone."""
-        found = rows(self.table("15_labels"), which="best", in_clean=own)
-        return found[found["latent"] >= 0].groupby("task")["rel_loss"].apply(lambda changes: (changes < 0).mean())
-
-    # Experiment 13
-
-    def planted(self, method: str, column: str = "f1", dictionary: str = "true") -> pd.Series:
-        """Return a measure of every planted task, of vectors of as many latents as the task has features.
-
-        They stand for the centred vector where a method was tried on it. Cleaned ones are of the penalty whose mean F1
-        is highest, which favours them.
-        """
-        found = rows(self.read("13_ground_truth"), method=method, dictionary=dictionary)
-        if method == "clean":
-            return rows(found, penalty=found.groupby("penalty")["f1"].mean().idxmax()).set_index("task")[column]
-        centred = found["of"].eq("centred")
-        return found[found["k"].eq(found["features"]) & (centred | ~centred.any())].set_index("task")[column]
-
 
 def _gain(frame: pd.DataFrame) -> pd.DataFrame:
     """Spread the normalised gains of features (not of random directions) over a grid: features x tasks."""
@@ -664,6 +510,16 @@ def _gain(frame: pd.DataFrame) -> pd.DataFrame:
     return found.pivot(index="latent", columns="task", values="gain")
 
 
+def by_task(frame: pd.DataFrame, column: str) -> pd.Series:
+    """Return the mean of a column for every task."""
+    return frame.groupby("task", sort=False)[column].mean()
+
+
 def relative(frame: pd.DataFrame) -> pd.Series:
     """Return the mean relative loss of every task."""
-    return frame.groupby("task")["rel_loss"].mean()
+    return by_task(frame, "rel_loss")
+
+
+def accuracy(frame: pd.DataFrame) -> pd.Series:
+    """Return the mean share of right first tokens of every task."""
+    return by_task(frame, "accuracy")

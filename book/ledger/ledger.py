@@ -1,6 +1,6 @@
 """The ledger: what the post, the paper and we claim (the files beside this one), and what the tables say of it.
 
-Claims and sentences stand there as data, the numbers that decide them in `post`, `real` and `neighbours`. What the
+Claims and sentences stand there as data, the numbers that decide them in the modules of `book.ledger.numbers`. What the
 verdicts would be had we chosen otherwise is a table of its own, CHOICES.
 """
 
@@ -18,14 +18,36 @@ import pandas as pd
 import yaml
 from pandas.io.formats.style import Styler
 
-from book.ledger import claims, contents, neighbours, post, real
+from book.ledger import claims, contents
 from book.ledger.claims import Book, ClaimError
+from book.ledger.numbers import (
+    dictionaries,
+    function_vectors,
+    grown_vectors,
+    heads_by_reward,
+    hendel,
+    in_context_vectors,
+    instruct_vectors,
+    labels,
+    necessity,
+    places,
+    planted,
+    post,
+    real,
+    shots,
+    visual_task_vectors,
+    which_vector,
+)
 from nb_utils import statistics
 from nb_utils.record import tables
 from nb_utils.show import plots
 from nb_utils.statistics import RELATIONS, Comparison
 
-PARTS = (post, real, neighbours)  # where the numbers are
+# Each registers its numbers; a new chapter is named here.
+PARTS = (
+    dictionaries, function_vectors, grown_vectors, heads_by_reward, hendel, in_context_vectors, instruct_vectors,
+    labels, necessity, places, planted, post, real, shots, visual_task_vectors, which_vector,
+)  # fmt: skip
 FOLDER = tables.ROOT / "book/ledger"
 # How a number in a unit is written.
 UNITS = {
@@ -133,7 +155,7 @@ def read(path: Path = FOLDER) -> dict:
 def entries(path: Path = FOLDER) -> list[Claim]:
     """Return all claims in the order of the file.
 
-    Raises ClaimError, naming the entry, if one is incomplete, twice there, or has no function in `PARTS`.
+    Raises ClaimError, naming the entry, if one is incomplete, twice there, or has no function in a module of `PARTS`.
     """
     found: dict[str, Claim] = {}
     for entry in read(path)["claims"]:
@@ -145,8 +167,7 @@ def entries(path: Path = FOLDER) -> list[Claim]:
         if claim.id in found:
             raise ClaimError(f"The claim {claim.id!r} is there twice.")
         if claim.number not in claims.NUMBERS:
-            modules = " or ".join(part.__name__ for part in PARTS)
-            raise ClaimError(f"The claim {claim.id!r} has no function {claim.number!r} in {modules}.")
+            raise ClaimError(f"The claim {claim.id!r} has no function {claim.number!r} in book/ledger/numbers.")
         if claim.source not in SOURCES or claim.unit not in UNITS or not _is_bound(claim.holds):
             raise ClaimError(
                 f"The claim {claim.id!r} needs a source of {', '.join(SOURCES)}, a unit of {', '.join(UNITS)}, "

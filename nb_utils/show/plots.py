@@ -78,6 +78,7 @@ COLORS = {
     "one_example_stretched": "#B5651D",
     "correlated": "#4B0055",
     "discriminative": "#00588B",
+    "varied": "#C2185B",
     "attributed": "#A3B200",
 }
 # Dictionaries of experiment 11; those that nobody trained have dashed lines.
@@ -137,6 +138,7 @@ MARKERS = {
     "one_example_stretched": "H",
     "correlated": "s",
     "discriminative": "^",
+    "varied": "v",
     "attributed": "P",
 }
 LABELS = {
@@ -198,7 +200,9 @@ LABELS = {
     "unembedding": "unembedding rows",
     "correlated": "correlated with right answers",
     "discriminative": "telling arrows apart",
+    "varied": "changed by right answers",
     "attributed": "gradient × activation",
+    "label_words": "added at the examples' answers",
 }
 # Where a vector of every token stands.
 STEERED = {

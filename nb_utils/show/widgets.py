@@ -309,12 +309,15 @@ def evidence(model: str, wanted: set[tuple[int, int]]) -> dict[str, dict]:
     }
 
 
-def steering(model: str = tables.MODEL, backend: Backend | None = None) -> Steering:
+def steering(
+    model: str = tables.MODEL, backend: Backend | None = None, ticks: Mapping[str, str] | None = None
+) -> Steering:
     """Build the steering control from the tables explore_steering, 02_cleanup_features and features.
 
-    Without ``backend`` it stays precomputed even where a kernel answers.
+    Without ``backend`` it stays precomputed even where a kernel answers. ``ticks``: what the vector of each task is
+    shown to be, in words, by the task's name.
     """
-    return Steering(steering_data(model), backend)
+    return Steering({**steering_data(model), "ticks": dict(ticks or {})}, backend)
 
 
 def steering_data(model: str = tables.MODEL) -> dict:

@@ -40,6 +40,7 @@ function render({ model, el: root }) {
   const task = el("select", { "data-field": "task" });
   const example = el("select", { "data-field": "example" });
   const layer = el("select", { "data-field": "layer" });
+  const ticks = el("p", { class: "nbw-ticks", "data-field": "ticks" });
   const search = el("input", { type: "search", placeholder: "number, method, label or token", "data-field": "search" });
   const features = el("select", { size: 7, "data-field": "feature" });
   const latent = el("input", { type: "number", min: 0, step: 1, "data-field": "latent" });
@@ -90,6 +91,7 @@ function render({ model, el: root }) {
     fill(layer, all.map((l) => [l, `after block ${l}`]), shown.layer);
     fill(example, [...entry().examples.map(([x, y], i) => [i, `${x} ->   (answer: ${y})`]), ...(live ? [["own", "type your own …"]] : [])], shown.example);
     own.hidden = !isOwn();
+    ticks.replaceChildren(data.ticks?.[shown.task] ?? "");
     listFeatures();
   }
   function listFeatures(keep = true) {
@@ -210,7 +212,7 @@ function render({ model, el: root }) {
   answer.addEventListener("input", draw);
 
   const grid = el("div", { class: "nbw-controls" },
-    el("div", {}, field("Task", task), field("Prompt", example), own, field("Layer", layer)),
+    el("div", {}, field("Task", task), field("Prompt", example), own, field("Layer", layer), ticks),
     el("div", {}, field("Find a feature", search), field("Feature", features), anyLatent));
   const box = el("div", { class: "nbw", role: "group", "aria-label": "Steering control" },
     status, grid, field("Scale", el("span", { class: "nbw-slider" }, scale, scaleText)), problem, results, curve, evidence);
