@@ -34,8 +34,12 @@ SAME, EVERY = (
 OWN = ast.literal_eval(re.search(r"^OWN_TASKS = (\{.*?^\})", SNAKEFILE, re.MULTILINE | re.DOTALL)[1])
 # Those that run on any model, and on the tasks that are asked for here.
 STEMS = [stem for stem in EVERYTHING if stem not in OWN_MODELS and {*TWO} <= {*OWN.get(stem, TWO)}]
-FIRST = [stem for stem in STEMS if stem not in SAME + EVERY]
-SAME = [stem for stem in SAME if stem not in EVERY]  # what reads both waits for every task
+# Of every sort some: each run takes a kernel and seconds, and the Snakefile treats those of a sort alike.
+SOME = [stem for stem in STEMS if int(stem[:2]) in (1, 2, 4, 5, 6, 8, 15)]
+EVERY = [stem for stem in EVERY if stem in SOME]
+FIRST = [stem for stem in SOME if stem not in [*SAME, *EVERY]]
+SAME = [stem for stem in SAME if stem in SOME and stem not in EVERY]  # what reads both waits for every task
+assert len(FIRST) > 1 and len(SAME) > 1 and len(EVERY) > 1
 PARAMETERS = 'task = ""\nmodel = ""\nsae_set = ""\ntables_dir = ""\nseed = 0'
 SAVE = """from pathlib import Path
 if Path(f"fail-{task}").exists():
@@ -75,7 +79,7 @@ def command(project, *more, tasks="antonyms,en_es"):
     return [
         Path(sys.executable).with_name("snakemake"), "--snakefile", project / "workflow/Snakefile",
         "--directory", project, "--profile", project / "workflow/profiles/local", "--cores", "2",
-        "--config", "size=book", "experiments=all", "model=tiny", f"tasks={tasks}", *more,
+        "--config", "size=book", f"experiments={','.join(SOME)}", "model=tiny", f"tasks={tasks}", *more,
     ]  # fmt: skip
 
 
@@ -86,7 +90,7 @@ def make(project, *more, **settings):
     return done.returncode, said, sorted(re.findall(r"(\d\d_\w+ · \w+): running", said))
 
 
-def runs_of(*tasks, stems=STEMS):
+def runs_of(*tasks, stems=SOME):
     return sorted(f"{stem} · {task}" for stem in stems for task in tasks)
 
 
@@ -181,7 +185,7 @@ def save(project, stem, task, **changes):
 
 def test_only_what_is_stale_or_reads_what_is_made_anew_is_run(project, monkeypatch):
     monkeypatch.setenv("BOOK_ONLY", "stale")
-    for stem in STEMS:
+    for stem in SOME:
         save(project, stem, "antonyms")
         save(project, stem, "en_es")
     assert make(project)[::2] == (0, [])
@@ -219,7 +223,8 @@ def test_a_killed_workflow_goes_on(project):
 
 
 def test_all_kernels_are_forked_from_one_parent_that_ends_with_the_workflow(project):
-    assert make(project, "forked=True", tasks="antonyms")[::2] == (0, runs_of("antonyms"))
+    every = ("forked=True", "experiments=all")
+    assert make(project, *every, tasks="antonyms")[::2] == (0, runs_of("antonyms", stems=STEMS))
     parents = (project / "parents").read_text().split()
     assert len(parents) == len(STEMS) and len(set(parents)) == 1
     deadline = time.monotonic() + 60

@@ -80,6 +80,7 @@ COLORS = {
     "discriminative": "#00588B",
     "varied": "#C2185B",
     "attributed": "#A3B200",
+    "label_words": "#6B4C9A",
 }
 # Dictionaries of experiment 11; those that nobody trained have dashed lines.
 DICTIONARIES = {
@@ -140,6 +141,7 @@ MARKERS = {
     "discriminative": "^",
     "varied": "v",
     "attributed": "P",
+    "label_words": "X",
 }
 LABELS = {
     "zero_shot": "zero-shot",
