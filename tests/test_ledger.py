@@ -679,3 +679,10 @@ def test_labels_are_held_against_those_of_other_features_of_the_tasks_that_keep_
     assert told.by_task.round(9).to_dict() == {"one": 0.3, "two": 0.2}
     assert round(claims.NUMBERS["contexts_are_alike"](Book()).mean, 9) == 0.75
     assert claims.NUMBERS["own_features_help_alone"](Book()).by_task.to_dict() == {"one": 0.5}
+
+
+def test_a_task_of_which_it_is_not_known_whether_the_model_does_it_does_not_count(monkeypatch):
+    found = pd.DataFrame({"task": ["one", "two", "three"], "loss": [1.0, 2.0, 3.0]})
+    monkeypatch.setattr(Book, "read", lambda self, stem: found)
+    monkeypatch.setattr(Book, "done", pd.Series({"one": True, "two": False}))
+    assert Book().table("04_detectors")["task"].tolist() == ["one"]

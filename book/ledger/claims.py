@@ -121,9 +121,9 @@ class Book:
         return rows(found, seed=0) if self.choices.seeds == "first" and "seed" in found else found
 
     def table(self, stem: str) -> pd.DataFrame:
-        """Return the table of an experiment, of the tasks that count."""
+        """Return the table of an experiment, of the tasks that count: those that the model is known to do few-shot."""
         found = self.read(stem)
-        return found[found["task"].map(self.done)]
+        return found[found["task"].isin(self.done.index[self.done])]
 
     def last(self, stem: str) -> pd.DataFrame:
         """Return the table of an experiment that the book runs after one block; where there are several, the last."""

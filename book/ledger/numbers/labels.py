@@ -21,7 +21,7 @@ def labelled(book: Book) -> pd.DataFrame:
     """Return the labels of features with their scores, a row for every task that keeps one, of the tasks that count."""
     kept = evidence.surviving(book.model, book.folder)[["layer", "latent", "task"]].drop_duplicates()
     found = book.read("labels").merge(kept, on=["layer", "latent"])
-    return found[found["task"].map(book.done).fillna(False).astype(bool)]
+    return found[found["task"].isin(book.done.index[book.done])]
 
 
 def told(book: Book, score: str) -> pd.Series:
