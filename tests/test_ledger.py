@@ -5,6 +5,7 @@ import re
 import shutil
 from html import unescape
 from pathlib import Path
+from string import Formatter
 
 import numpy as np
 import pandas as pd
@@ -686,3 +687,9 @@ def test_a_task_of_which_it_is_not_known_whether_the_model_does_it_does_not_coun
     monkeypatch.setattr(Book, "read", lambda self, stem: found)
     monkeypatch.setattr(Book, "done", pd.Series({"one": True, "two": False}))
     assert Book().table("04_detectors")["task"].tolist() == ["one"]
+
+
+@pytest.mark.parametrize("claim", ledger.entries(), ids=lambda claim: claim.id)
+def test_what_a_claim_names_in_braces_is_there_also_where_its_tables_are_not(claim):
+    named = {name for _, name, _, _ in Formatter().parse(claim.decides) if name}
+    assert all(name in claims.NAMED or hasattr(Book, name) for name in named), named
