@@ -77,6 +77,31 @@ def of(model: Model, prompts, positions, batch: int = 16) -> Heads:
 
 
 @torch.no_grad()
+def attended(model: Model, prompts, batch: int = 16) -> list[Float[Tensor, "layers heads tokens"]]:
+    """Return the share of its attention that each head gives to every token, at the last separator of each prompt.
+
+    The tokens end with that separator. Raises ValueError for a prompt that is too long for the model, LayoutError for a
+    model that does not tell.
+    """
+    engine._fit(model, prompts)
+    layout, found, usual = model.layout, [], model.hf.config._attn_implementation
+    model.hf.set_attn_implementation("eager")  # the others never have the shares
+    try:
+        for start in range(0, len(prompts), batch):
+            ends = [p.separators[-1] + 1 for p in prompts[start : start + batch]]
+            ids = [torch.tensor(p.ids[:end]) for p, end in zip(prompts[start : start + batch], ends, strict=True)]
+            ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(model.device)
+            shares = layout.core(ids, use_cache=False, output_attentions=True).attentions
+            if not shares or any(one is None or one.ndim != 4 for one in shares):
+                raise LayoutError("does not tell what its heads attend to")
+            found += [torch.stack([one[i, :, end - 1, :end] for one in shares]).float().cpu()
+                      for i, end in enumerate(ends)]  # fmt: skip
+    finally:
+        model.hf.set_attn_implementation(usual)
+    return found
+
+
+@torch.no_grad()
 def contributions(
     model: Model, scaled: Float[Tensor, "*n layers heads d_head"]
 ) -> Float[Tensor, "*n layers heads d_model"]:

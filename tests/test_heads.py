@@ -57,6 +57,27 @@ def attention_adds(model, prompt, position):
     return torch.stack([between[layer] - before[layer] for layer in before])
 
 
+def test_the_shares_of_attention_make_what_a_head_says(model):
+    found, values = shown(model), {}
+    usual = model.hf.config._attn_implementation
+    shares = heads.attended(model, found, batch=2)
+    assert model.hf.config._attn_implementation == usual
+    for prompt, share in zip(found, shares, strict=True):
+        end = prompt.separators[-1] + 1
+        assert share.shape == (model.n_layers, model.layout.n_heads, end)
+        assert torch.allclose(share.sum(-1), torch.ones(()), atol=1e-5)
+        for layer, block in enumerate(model.layout.blocks):
+            keep = lambda module, args, out, layer=layer, end=end: values.update({layer: out[0, :end]})  # noqa: E731
+            handle = block.self_attn.v_proj.register_forward_hook(keep)
+            model.layout.core(torch.tensor([prompt.ids]), use_cache=False)
+            handle.remove()
+        z = heads.of(model, [prompt], [(end - 1,)]).z[0]
+        for layer, value in values.items():
+            value = value.unflatten(-1, (-1, z.shape[-1])).repeat_interleave(
+                model.layout.n_heads * z.shape[-1] // value.shape[-1], dim=1)  # fmt: skip
+            assert torch.allclose(torch.einsum("ht,thk->hk", share[layer], value), z[layer], atol=1e-3), layer
+
+
 def test_contributions_sum_to_what_attention_adds(model):
     batch = shown(model)
     found = heads.of(model, batch, [p.separators[-1:] for p in batch])

@@ -11,6 +11,11 @@ from nb_utils.record import tables
 from nb_utils.statistics import Comparison, compare, over_tasks, rows
 
 SECOND = "smollm2-135m-instruct"  # the model that says whether what heads do is the book's model's own
+# What the tokens up to a query's separator belong to, as a picture names it.
+PARTS = {
+    "output": "examples' outputs", "input": "inputs", "arrow": "arrows", "newline": "line breaks", "query": "the query",
+    "itself": "the separator itself", "first": "the first token",
+}  # fmt: skip
 
 named(many_heads=lambda book: many_heads(book), few_heads=lambda book: few_heads(book))
 
@@ -24,6 +29,8 @@ numbers(
     fv_leaves_the_template=lambda book: (
         over_tasks(in_sentences(book, "centred_best_scale") - in_sentences(book, "fv_centred"))
     ),
+    fv_composes=lambda book: over_tasks(composes(book, "fv_centred")),
+    composing_beats_parts=lambda book: beyond_parts(book, "fv_centred"),
     collapsing_costs=lambda book: compare(headed(book, "fv_centred"), headed(book, "heads_added")),
     chosen_heads_beat_random=lambda book: compare(headed(book, "fv_centred"), headed(book, "fv_random_heads")),
     heads_wake_executors=lambda book: over_tasks(moved(book, "woken") - moved(book, "woken", random=True)),
@@ -103,6 +110,33 @@ def in_sentences(book: Book, method: str) -> pd.Series:
     found = book.table("21_function_vectors")
     found = rows(found[found["on"].str.startswith("text_")], method=method, which="best")
     return _validated(found).groupby("task")["loss"].mean()
+
+
+def lists(book: Book, method: str, which: str) -> pd.DataFrame:
+    """Return rows of lists whose last item is to be answered, of tasks that examples make the model do there.
+
+    ``which``: how the vector was made, "none" for prompts as they are.
+    """
+    found = rows(book.table("21_function_vectors"), on="list")
+    done = statistics.solved(found.assign(on="test")) if len(found) else pd.Series(dtype=bool)
+    if not done.any():
+        raise ClaimError("Experiment 21 has no task whose lists the model answers with examples.")
+    return rows(found[found["task"].map(done)], method=method, which=which)
+
+
+def composes(book: Book, method: str) -> pd.Series:
+    """Return what share of the gain of a vector that was made for it one by algebra has, of tasks with such a gain."""
+    zero, direct, made = (
+        lists(book, name, which).set_index("task")["loss"]
+        for name, which in (("zero_shot", "none"), (method, "direct"), (method, "composed"))
+    )
+    return ((zero - made) / (zero - direct))[zero - direct > 0.5]
+
+
+def beyond_parts(book: Book, method: str) -> Comparison:
+    """Return the loss of the composed vector less that of the part, or plain sum, that validates best."""
+    parts = pd.concat([lists(book, method, which) for which in ("summed", "part_answer", "part_last")])
+    return compare(lists(book, method, "composed"), _validated(parts))
 
 
 def _validated(found: pd.DataFrame) -> pd.DataFrame:
