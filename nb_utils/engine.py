@@ -27,6 +27,7 @@ from nb_utils.prompts import Prompt, positions
 BYTE_BUDGET = int(os.environ.get("NB_BYTE_BUDGET") or 1 << 28)  # what one chunk of vectors may take on a CPU
 TOKENS = 64  # how many have all their logits at a time, in plain passes
 VOCABULARY_BLOCK = 2048  # logits computed at a time there: they stay in its cache until they are summed
+TOGETHER = 8  # changes that are asked together how their answers go on
 
 
 # What `Site.scored` is given: (site, which of the changes, whose prompts) -> what the unembedding reads.
@@ -353,15 +354,19 @@ class Site:
         the changes on a site of the same prompts, longer ones perhaps, some of them left out; ``owners``: which prompt
         of this site each of that one's is. ``whole`` as in `evaluate`.
         """
-        parts = [self._score(change, part, reference, whole) for part in self.parts(n)]
-        return Scores(*(torch.cat([getattr(part, name) for part in parts]) for name in Scores.__dataclass_fields__))
+        found = zip(*(self._score(change, part, reference) for part in self.parts(n)), strict=True)
+        nll, hit, accepted, kl, first = map(torch.cat, found)
+        said = (hit | nll.isnan()).all(-1)
+        exact = self._exact(change, first, said) if whole else torch.full(said.shape, torch.nan)
+        return Scores(nll, hit, accepted, exact, kl)
 
     def parts(self, n: int, blocks: int = 1, width: int = 3 * VOCABULARY_BLOCK) -> tuple[Int[Tensor, " part"], ...]:
         """Cut ``n`` changes into parts that fit into the budget, each holding ``blocks`` and ``width`` logits a label.
         """
         return torch.arange(n).split(self._chunk(blocks, width))
 
-    def _score(self, change, part, reference, whole) -> Scores:
+    def _score(self, change, part, reference) -> tuple[Tensor, ...]:
+        """Return what `Scores` holds of a part, and the token said first [n, batch] in place of ``exact``."""
         hidden = change(self, part, torch.arange(len(self.prompts)))
         reference = None if reference is None else reference.to(hidden.device)
         nll, best, kl = (found.cpu() for found in self._read_out(hidden, reference))
@@ -375,15 +380,14 @@ class Site:
         accepted = torch.stack(
             [torch.isin(first[:, i], torch.tensor([a[0] for a in p.accepted])) for i, p in enumerate(self.prompts)], 1
         )
-        said = (hit | padded.isnan()).all(-1)
-        exact = self._exact(change, part, first, said) if whole else torch.full(said.shape, torch.nan)
-        return Scores(padded, hit, accepted, exact, kl)
+        return padded, hit, accepted, kl, first
 
-    def _exact(self, change, part, first, whole) -> Float[Tensor, "n batch"]:
+    def _exact(self, change, first, whole) -> Float[Tensor, "n batch"]:
         """Say where an answer that counts is given and the line ended, as `Scores` has it.
 
         ``first``: the token that is said first. ``whole``: whether all that is kept of the answer is said. The model
-        runs once more, one token further, for the answers that were given.
+        runs once more, one token further, for the answers that were given. Few changes give most of them, so those that
+        give about as many run together, each on the answers that one of them gave.
         """
         owners = torch.tensor([i for i, _ in self._answers])
         kept = torch.bincount(self.rows[0].cpu(), minlength=len(self.prompts))
@@ -392,12 +396,16 @@ class Site:
             [whole[:, i] if longer.answer[:-1] == self.prompts[i].answer else first[:, i] == longer.answer[0]
              for i, longer in self._answers], 1
         )
-        if len(due := (given.any(0) & ~cut[owners]).nonzero()[:, 0]):
+        asked = given & ~cut[owners]
+        order = asked.sum(1).argsort(descending=True, stable=True)
+        for some in order[asked[order].any(1)].split(TOGETHER) if asked.any() else ():
+            due = asked[some].any(0).nonzero()[:, 0]
             site = self._ended.take(due)
-            parts = [part[some] for some in site.parts(len(part))]
-            said = torch.cat([site._read_out(change(site, one, owners[due]), None)[1].cpu() for one in parts])
+            said = torch.cat([site._read_out(change(site, some[part], owners[due]), None)[1].cpu()
+                              for part in site.parts(len(some))])  # fmt: skip
             tokens, which = said.unique(return_inverse=True)
-            given[:, due] &= torch.tensor([_ends_line(self.model, token) for token in tokens.tolist()])[which]
+            ends = torch.tensor([_ends_line(self.model, token) for token in tokens.tolist()])[which]
+            given[some[:, None], due] &= ends
         exact = torch.zeros(whole.shape).index_add(1, owners, given.float()).clamp(max=1)
         return exact.masked_fill(cut, torch.nan)
 

@@ -303,9 +303,11 @@ def greedy(model, ids, position, vector, layer, n):
     return tuple(said[len(ids) :])
 
 
+@pytest.mark.parametrize("together", [1, 2, 8])
 @pytest.mark.parametrize("at", ["separator", "output"])
-def test_an_answer_is_exact_where_it_is_said_as_a_whole_and_then_the_line_ends(brief, at):
+def test_an_answer_is_exact_where_it_is_said_as_a_whole_and_then_the_line_ends(brief, at, together, monkeypatch):
     """Six prompts whose answers are what the model says, cut anywhere, or said wrongly at the end or in the middle."""
+    monkeypatch.setattr(engine, "TOGETHER", together)
     layer, ends = 2, {*brief.tokenizer("\n", add_special_tokens=False).input_ids, *brief.tokenizer.all_special_ids}
     steer = 9 * torch.randn(3, brief.d_model, generator=torch.Generator().manual_seed(5))
     steer[0] = 0
@@ -338,7 +340,7 @@ def test_asking_for_the_end_of_the_line_leaves_losses_to_the_last_bit(brief, mon
     scores = engine.Site.prepare(brief, batch).evaluate(vectors, 1)
     assert scores.hit.any()
     site = engine.Site.prepare(brief, batch)
-    monkeypatch.setattr(engine.Site, "_exact", lambda self, change, part, *rest: torch.zeros(len(part), len(batch)))
+    monkeypatch.setattr(engine.Site, "_exact", lambda self, change, first, said: torch.zeros(said.shape))
     assert torch.equal(site.evaluate(vectors, 1).nll, scores.nll)
 
 
