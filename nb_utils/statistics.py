@@ -335,7 +335,7 @@ def best_layer(frame: pd.DataFrame, column: str = "validation_loss") -> int:
 def spread_points(spread: pd.DataFrame, space: str) -> pd.DataFrame:
     """Return the thetas of experiment 20 as points, one a draw, centred on the mean of all tasks and of length 1.
 
-    ``spread``: rows of its table, of one layer. ``space``: "place" (the stream, on random directions), or "codes".
+    ``spread``: rows of its table, of one layer. ``space``: "coordinates" (the stream, on random directions) or "codes".
     Index: task and draw.
     """
     index = pd.MultiIndex.from_frame(spread[["task", "draw"]])

@@ -289,13 +289,22 @@ def test_two_runs_with_one_seed_give_the_same_bytes(path, tables_of, tables_agai
         assert (first / table).read_bytes() == (second / table).read_bytes(), f"{table} differs"
 
 
+def asked_of(stem):
+    """Name the settings of an experiment that pages and claims ask its tables for."""
+    pages = [*sorted((ROOT / "book/findings").glob("*.ipynb")), *sorted((ROOT / "book/ledger/numbers").glob("*.py"))]
+    text = "".join(page.read_text() for page in pages).replace('\\"', '"')
+    return set(re.findall(rf'setting\("{stem}", "(\w+)"\)', text))
+
+
 @every_experiment
 def test_a_table_says_all_that_it_depends_on(path, tables_of):
     made = list(tables_of(path.stem).glob(f"{path.stem}*/{tables.OWN_MODELS.get(path.stem, 'tiny')}/*.parquet"))
     assert made
     for table in made:
+        assert len(tables.load(table.parents[1].name, table.parent.name, str(table.parents[2])))  # as pages read it
         origin = tables.read_provenance(table)
         assert set(origin) == set(tables.PARTS)
+        assert asked_of(path.stem) <= set(origin["parameters"])
         assert set(runs.known_parameters(path)) - set(stale.NOT_COMPARED) <= set(origin["parameters"])
         if path.stem in OWN:
             assert origin["model_sha256"] and origin["parameters"]["task"] == OWN[path.stem]

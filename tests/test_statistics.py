@@ -448,11 +448,11 @@ def thetas(tasks=("a", "b", "c"), draws=6, noise=0.1, common=100.0):
             point = noise * rng.normal(size=5)
             point[i] += 1
             point[4] += common
-            lines.append({"task": task, "draw": draw, "place": point, "latents": [1, 3, 5, 7, 9], "codes": point})
+            lines.append({"task": task, "draw": draw, "coordinates": point, "latents": [1, 3, 5, 7, 9], "codes": point})
     return pd.DataFrame(lines)
 
 
-@pytest.mark.parametrize("space", ["place", "codes"])
+@pytest.mark.parametrize("space", ["coordinates", "codes"])
 def test_thetas_that_share_nearly_everything_are_told_apart_once_centred(space):
     spread = thetas()
     points = statistics.spread_points(spread, space)
@@ -477,7 +477,7 @@ def test_codes_of_latents_that_are_not_active_are_zero_and_a_table_may_be_a_part
 def test_thetas_of_no_task_name_their_task_by_chance_only():
     rng = np.random.default_rng(1)
     spread = thetas(draws=200, noise=0.0).assign(place=lambda frame: list(rng.normal(size=(len(frame), 5))))
-    nearest = statistics.nearest_centroid(spread, "place")
+    nearest = statistics.nearest_centroid(spread, "coordinates")
     assert 0.2 < (nearest == nearest.index.get_level_values("task")).mean() < 0.47
 
 

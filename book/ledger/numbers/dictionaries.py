@@ -11,7 +11,7 @@ RECURS = 0.7  # cosine from which on a feature counts as found again in another 
 
 named(
     late_dictionaries=lambda book: late(book), fair=lambda book: fair(book),
-    features_kept=lambda book: int(book.setting("11_dictionaries", "most")),  # that steer alone and are taken away
+    features_kept=lambda book: int(book.setting("11_dictionaries", "most_features")),  # steered with alone
 )
 
 numbers(
