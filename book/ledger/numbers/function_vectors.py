@@ -46,6 +46,15 @@ def heads_are_shared(book: Book) -> Comparison:
 
 
 @number
+def first_head_reads_outputs(book: Book) -> Comparison:
+    mean, looks = _effects(book.table("21_heads")), book.table("21_heads_attention")
+    if mean.shape[1] < 2:
+        raise ClaimError("Experiment 21 has no two tasks, so no head that others put first.")
+    at = looks.set_index(["task", "layer", "head"])["output"]
+    return over_tasks(pd.Series({task: at[task, *_first_elsewhere(mean, task)] for task in mean}).rename_axis("task"))
+
+
+@number
 def fv_does_the_task(book: Book) -> Comparison:
     plain = rows(book.table("21_function_vectors"), on="test", which="none")
     return over_tasks(statistics.recovered(headed(book, "fv_centred"), plain))
@@ -80,14 +89,23 @@ def closed_by_one(effects: pd.DataFrame, least: float = 0.1) -> pd.Series:
 
     The head is the one with the largest mean effect on all other tasks.
     """
-    mean = rows(effects, method="head").groupby(["task", "layer", "head"])["effect"].mean().unstack("task")
+    mean = _effects(effects)
     level = effects.pivot_table(index="task", columns="method", values="p")
     gap = level["few_shot"] - level["shuffled"]
     if len(gap) < 2 or not (gap > least).any():
         raise ClaimError("Experiment 21 has no two tasks of that model, or none that swapped answers cost anything.")
-    others = {task: mean.drop(columns=task).mean(axis=1).idxmax() for task in mean}
-    shares = {task: mean.loc[others[task], task] / gap[task] for task in mean if gap[task] > least}
+    shares = {task: mean.loc[_first_elsewhere(mean, task), task] / gap[task] for task in mean if gap[task] > least}
     return pd.Series(shares).rename_axis("task")
+
+
+def _effects(effects: pd.DataFrame) -> pd.DataFrame:
+    """Return mean effects of heads (layer, head), a column a task."""
+    return rows(effects, method="head").groupby(["task", "layer", "head"])["effect"].mean().unstack("task")
+
+
+def _first_elsewhere(mean: pd.DataFrame, task: str) -> tuple[int, int]:
+    """Return the head with the largest mean effect on all other tasks."""
+    return mean.drop(columns=task).mean(axis=1).idxmax()
 
 
 def headed(book: Book, method: str, on: str = "test", which: str = "best", k: int | None = None) -> pd.DataFrame:
