@@ -85,19 +85,25 @@ def attended(model: Model, prompts, batch: int = 16) -> list[Float[Tensor, "laye
     """
     engine._fit(model, prompts)
     layout, found, usual = model.layout, [], model.hf.config._attn_implementation
-    model.hf.set_attn_implementation("eager")  # the others never have the shares
-    try:
+    shares = {}
+
+    def keep(attention, args, out, layer):
+        shares[layer] = out[1] if isinstance(out, tuple) and len(out) > 1 else None
+
+    with ExitStack() as hooks:
+        for layer, block in enumerate(layout.blocks):
+            whole = next(part for part in block.modules() if layout.mixer(layer) in part.children())
+            hooks.callback(whole.register_forward_hook(partial(keep, layer=layer)).remove)
+        hooks.callback(model.hf.set_attn_implementation, usual)
+        model.hf.set_attn_implementation("eager")  # the others never have the shares
         for start in range(0, len(prompts), batch):
             ends = [p.separators[-1] + 1 for p in prompts[start : start + batch]]
             ids = [torch.tensor(p.ids[:end]) for p, end in zip(prompts[start : start + batch], ends, strict=True)]
-            ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(model.device)
-            shares = layout.core(ids, use_cache=False, output_attentions=True).attentions
-            if not shares or any(one is None or one.ndim != 4 for one in shares):
+            layout.core(torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(model.device), use_cache=False)
+            if any(shares.get(layer) is None or shares[layer].ndim != 4 for layer in range(model.n_layers)):
                 raise LayoutError("does not tell what its heads attend to")
-            found += [torch.stack([one[i, :, end - 1, :end] for one in shares]).float().cpu()
+            found += [torch.stack([shares[layer][i, :, end - 1, :end] for layer in range(model.n_layers)]).float().cpu()
                       for i, end in enumerate(ends)]  # fmt: skip
-    finally:
-        model.hf.set_attn_implementation(usual)
     return found
 
 

@@ -62,6 +62,7 @@ def test_the_shares_of_attention_make_what_a_head_says(model):
     usual = model.hf.config._attn_implementation
     shares = heads.attended(model, found, batch=2)
     assert model.hf.config._attn_implementation == usual
+    assert not any(part._forward_hooks for block in model.layout.blocks for part in block.modules()), "a hook was left"
     for prompt, share in zip(found, shares, strict=True):
         end = prompt.separators[-1] + 1
         assert share.shape == (model.n_layers, model.layout.n_heads, end)

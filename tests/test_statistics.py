@@ -476,7 +476,7 @@ def test_codes_of_latents_that_are_not_active_are_zero_and_a_table_may_be_a_part
 
 def test_thetas_of_no_task_name_their_task_by_chance_only():
     rng = np.random.default_rng(1)
-    spread = thetas(draws=200, noise=0.0).assign(place=lambda frame: list(rng.normal(size=(len(frame), 5))))
+    spread = thetas(draws=200, noise=0.0).assign(coordinates=lambda frame: list(rng.normal(size=(len(frame), 5))))
     nearest = statistics.nearest_centroid(spread, "coordinates")
     assert 0.2 < (nearest == nearest.index.get_level_values("task")).mean() < 0.47
 
