@@ -693,3 +693,36 @@ def test_a_task_of_which_it_is_not_known_whether_the_model_does_it_does_not_coun
 def test_what_a_claim_names_in_braces_is_there_also_where_its_tables_are_not(claim):
     named = {name for _, name, _, _ in Formatter().parse(claim.decides) if name}
     assert all(name in claims.NAMED or hasattr(Book, name) for name in named), named
+
+
+def test_a_composed_vector_is_held_against_the_direct_one_and_the_best_part_of_tasks_that_are_done(monkeypatch):
+    rights = {"one": 0.9, "two": 0.8, "undone": 0.1}
+    lines = []
+    for shift, (task, right) in enumerate(rights.items()):
+        same = dict(task=task, on="list", mode="none", seed=0, which="none", accuracy=0.0, validation_loss=np.nan)
+        lines += [same | dict(method="zero_shot", loss=6.0),
+                  same | dict(method="few_shot", loss=1.0, accuracy=right)]
+        same |= dict(method="fv_centred", mode="add")
+        # Loss on test and on validation: of the parts another is best on each.
+        ways = {"direct": (2.0, 2.0), "composed": (3.0 + shift, 3.0), "summed": (5.0, 4.0), "part_answer": (4.0, 5.0),
+                "part_last": (7.0, 7.0)}  # fmt: skip
+        lines += [same | dict(which=which, loss=loss, losses=[loss], validation_loss=judged)
+                  for which, (loss, judged) in ways.items()]  # fmt: skip
+    monkeypatch.setattr(Book, "table", lambda self, stem: pd.DataFrame(lines))
+    assert claims.NUMBERS["fv_composes"](Book()).by_task.to_dict() == {"one": 0.75, "two": 0.5}
+    assert claims.NUMBERS["composing_beats_parts"](Book()).by_task.to_dict() == {"one": -2.0, "two": -1.0}
+    monkeypatch.setattr(Book, "table", lambda self, stem: pd.DataFrame(lines).assign(accuracy=0.0))
+    with pytest.raises(ClaimError, match="no task whose lists"):
+        claims.NUMBERS["fv_composes"](Book())
+
+
+def test_the_head_that_is_looked_at_is_the_one_that_other_tasks_put_first(monkeypatch):
+    effect = {"one": (0.1, 0.9), "two": (0.8, 0.3), "three": (0.5, 0.2)}  # of two heads
+    spots = [(task, head) for task in effect for head in (0, 1)]
+    found = {
+        "21_heads": pd.DataFrame([dict(task=t, layer=4, head=h, method="head", effect=effect[t][h]) for t, h in spots]),
+        "21_heads_attention": pd.DataFrame([dict(task=t, layer=4, head=h, output=0.7 - 0.6 * h) for t, h in spots]),
+    }  # fmt: skip
+    monkeypatch.setattr(Book, "table", lambda self, stem: found[stem])
+    looks = claims.NUMBERS["first_head_reads_outputs"](Book()).by_task.round(9).to_dict()
+    assert looks == {"one": 0.7, "two": 0.1, "three": 0.1}  # without "one" head 0 is first, else head 1
