@@ -3,9 +3,10 @@
 import pandas as pd
 import torch
 
-from nb_utils import engine, interventions, prompts, saes, tasks
+from nb_utils import engine, files, interventions, models, prompts, saes, tasks
+from nb_utils.record import tables
 from nb_utils.show import microscope
-from workflow import explore_grid
+from workflow import explore_grid, stale
 
 LAYER = 2
 
@@ -32,3 +33,31 @@ def test_every_direction_is_steered_at_every_scale_with_examples_on_its_own_task
         assert example["continuation"] == interventions.continuations(tiny, prompt, what, explore_grid.N_TOKENS)[0]
     view = microscope.views(sites["antonyms"].take(torch.arange(1)), vector, LAYER)[0][0]
     assert abs(view.loss - at["examples"][0]["loss"]) < 1e-4
+
+
+def test_a_call_that_was_killed_goes_on_where_it_was(monkeypatch, tmp_path):
+    lm, made = models.load(tables.MODEL), []
+    monkeypatch.setattr(models, "load", lambda name: lm)
+    known = [tables.file("02_cleanup_features", task) for task in ("antonyms", "en_fr")]
+    monkeypatch.setenv("NB_TABLES", str(tmp_path))
+    for path in known:
+        files.write(tables.file("02_cleanup_features", path.stem), path.read_bytes())
+    frame = pd.DataFrame({"task": explore_grid.TASKS, "loss": 1.0})
+
+    def steering(lm, task, layer, sites, sae):
+        made.append(task)
+        return frame.assign(task=task)
+
+    monkeypatch.setattr(explore_grid, "steering", steering)
+    for name in ("strips", "cleaning"):
+        monkeypatch.setattr(explore_grid, name, lambda *given, name=name: made.append(name) or frame)
+    explore_grid.main([])
+    assert set(made) == {"strips", "cleaning", "antonyms", "en_fr"}
+    made.clear()
+    tables.file("explore_steering", "en_fr").unlink()
+    explore_grid.main([])
+    assert set(made) == {"en_fr"}
+    made.clear()
+    monkeypatch.setattr(stale, "_fingerprint", lambda *given: "other rows")
+    explore_grid.main([])
+    assert set(made) == {"antonyms", "en_fr"}, "features that are chosen anew are not shown"

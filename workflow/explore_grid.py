@@ -2,7 +2,8 @@
 
 Three tables: explore_steering (surviving features and random directions x scales on test prompts, with examples),
 explore_tokens (where detector and executor candidates fire in a few-shot prompt) and explore_cleaning (one vector
-cleaned from 20 pairs). The steering control has every task whose features are known, three of them in full.
+cleaned from 20 pairs). The steering control has every task whose features are known, three of them in full. A call
+that was killed goes on where it was: tables that would come out the same are kept.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from nb_utils import engine, interventions, models, prompts, saes, tasks, workbe
 from nb_utils.record import tables
 from nb_utils.show import microscope
 from nb_utils.show.widgets import KEPT, N_EXAMPLES, N_TEST, N_TOKENS, WHOLE, offered, pruned_vector
+from workflow import stale
 
 TASKS = ("antonyms", "en_es", "present_simple_past_simple")  # in full; every feature is tried on these
 SCALES = (-0.5, -0.25, -0.1, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0)
@@ -163,28 +165,38 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def write(args: argparse.Namespace) -> None:
-    """Compute the three tables and save them."""
+    """Compute the tables that are missing or stale, and save each as soon as it is there."""
     lm = models.load(args.model)
     splits = {task: tasks.split(tasks.load(task)) for task in TASKS}
     dictionaries = {layer: saes.load(lm, "shipped", layer) for layer in LAYERS}
     settings = dict(tasks=TASKS, scales=SCALES, n_test=N_TEST, kept=KEPT, n_shots=N_SHOTS, most=MOST,
                     other_layers=OTHER_LAYERS, other_most=OTHER_MOST)
-    origin = tables.provenance(settings, lm.sha256, {layer: sae.sha256 for layer, sae in dictionaries.items()})
+    hashes = {layer: sae.sha256 for layer, sae in dictionaries.items()}
 
-    def save(frame, stem, name):
+    def stale_ones(stem, names):
+        paths = {name: tables.file(stem, name, args.model, args.tables) for name in names}
+        return [name for name, path in paths.items() if not path.is_file() or stale.reasons(path, path.parents[2])]
+
+    def save(frame, stem, name, inputs=None):
+        origin = tables.provenance(settings, lm.sha256, hashes, inputs)
         print(tables.save(frame, stem, name, origin, folder=args.tables, model=args.model).name, stem, flush=True)
 
-    for task, frame in strips(lm, splits, dictionaries).groupby("task"):
-        save(frame, "explore_tokens", task)
-    every = {layer: dictionaries.get(layer) or saes.load(lm, "shipped", layer) for layer in saes.layers(lm, "shipped")}
-    save(cleaning(lm, every, TASKS[0], CLEANED_LAYER), "explore_cleaning", TASKS[0])
-    for task in sorted(tables.names("02_cleanup_features", args.model), key=lambda task: task not in TASKS):
+    if stale_ones("explore_tokens", TASKS):
+        for task, frame in strips(lm, splits, dictionaries).groupby("task"):
+            save(frame, "explore_tokens", task)
+    if stale_ones("explore_cleaning", TASKS[:1]):
+        others = [layer for layer in saes.layers(lm, "shipped") if layer not in dictionaries]
+        every = dictionaries | {layer: saes.load(lm, "shipped", layer) for layer in others}
+        save(cleaning(lm, dict(sorted(every.items())), TASKS[0], CLEANED_LAYER), "explore_cleaning", TASKS[0])
+    known = sorted(tables.names("02_cleanup_features", args.model), key=lambda task: task not in TASKS)
+    for task in stale_ones("explore_steering", known):
         sites = {
             name: engine.Site.prepare(lm, prompts.zero_shot(lm.tokenizer, split.test[:N_TEST]), answer_tokens=2)
             for name, split in ({task: tasks.split(tasks.load(task))} | splits).items()
         }
         parts = [steering(lm, task, layer, sites, dictionaries[layer]) for layer in extent(task)[0]]
-        save(pd.concat(parts, ignore_index=True), "explore_steering", task)
+        read = {"02_cleanup_features": tables.fingerprint("02_cleanup_features", args.model, task=task)}
+        save(pd.concat(parts, ignore_index=True), "explore_steering", task, read)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("nb_utils", "book", "workflow", "benchmarks")
-AFTER_MEASURING = ("nb_utils.files", "nb_utils.show.plots", "nb_utils.record.tables", "nb_utils.text")
+AFTER_MEASURING = ("nb_utils.files", "nb_utils.show.plots", "nb_utils.record.tables", "nb_utils.text", "workflow.stale")
 LOOSE = "(statements)"
 # Tables that no experiment makes, and what does.
 SCRIPTS = {
