@@ -18,7 +18,7 @@ def main():
     frame = pd.concat([plain, cleaned], ignore_index=True)
     frame = frame[frame["task"].isin(plain["task"]) & frame["task"].isin(cleaned["task"])]
     frame = rows(frame[frame["task"].map(statistics.solved(frame))], on="test")
-    frame = frame[frame["mode"].isin(["add", "none"]) & ~frame["layer"].isin([4, 14])]
+    frame = frame[frame["mode"].isin(["add", "none"])]
     dense = frame[frame["method"].isin(["zero_shot", "few_shot", "task_vector", "reconstruct", "centred_best_scale"])]
     chosen = statistics.choose(rows(frame, method="clean")).assign(k=pd.NA)
     parts = pd.concat([dense, chosen, rows(frame, method="prune_contrast", k=20)])

@@ -56,10 +56,12 @@ numbers(
     # The share of the gap from zero-shot to few-shot loss that the added vector closes, at most at any block.
     vector_closes=lambda book: max(book.closed(book.at(layer, "task_vector")) for layer in book.layers),
     reconstruction_closes=lambda book: max(book.closed(book.at(layer, "reconstruct")) for layer in book.layers),
-    # The share of the gap that cleaning closes, at least, from block 10 on.
-    cleaning_closes_late=lambda book: min(book.closed(book.at(layer, "clean")) for layer in book.layers if layer >= 10),
-    # The share of the gap that pruning closes, at least, at any block.
-    pruning_closes=lambda book: min(book.closed(book.at(layer, "prune_contrast", k=book.k)) for layer in book.layers),
+    # The share of the gap that cleaning closes, at least, at blocks 9 to 11.
+    cleaning_closes=lambda book: min(book.closed(book.at(layer, "clean")) for layer in between(book, 9, 11)),
+    # The share of the gap that pruning closes, at least, at blocks 6 to 11.
+    pruning_closes=lambda book: (
+        min(book.closed(book.at(layer, "prune_contrast", k=book.k)) for layer in between(book, 6, 11))
+    ),
     number_of_saes=lambda book: len(book.read("saes")),
     # The tokens of text that the evidence for features was read from, at least at any block.
     tokens_of_evidence=lambda book: (
@@ -98,6 +100,11 @@ def width_of_saes(book: Book) -> float:
     """The width that all SAEs have; NaN if they differ."""
     widths = set(book.read("saes")["d_sae"])
     return widths.pop() if len(widths) == 1 else float("nan")
+
+
+def between(book: Book, first: int, last: int) -> list[int]:
+    """Return the blocks with cleaned vectors from one to another."""
+    return [layer for layer in book.layers if first <= layer <= last]
 
 
 # 03 Early-layer transfer
@@ -140,6 +147,14 @@ numbers(
 def cleaned_detectors_beat_centred_early(book: Book) -> Comparison:
     first = book.first_executors
     return compare(book.detector("clean", first), book.detector("centred_best_scale", first))
+
+
+@number
+def pruned_leave_of_the_lead(book: Book) -> float:
+    """The share of the lead over cleaned executors that cleaned detectors keep over pruned ones, where both are first.
+    """
+    cleaned, pruned = (book.decide(name) for name in ("detectors_act_earlier", "detectors_beat_pruned_executors_early"))
+    return pruned.mean / cleaned.mean
 
 
 @number
