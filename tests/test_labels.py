@@ -39,7 +39,7 @@ def judged(planted, shift=0):
     found = []
     for i, one in enumerate(seen):
         words = embedding[[VOCABULARY.index(word) for word in named[(i + shift) % len(named)].fires]]
-        sides = (labels.alike(words, words[:0], embedding[text[at]], embedding[text[at]])
+        sides = (labels.alike([words, words[:0], words[:0]], [embedding[text[at]][:, None]] * 3)
                  for at in (one.judges, one.silent))  # fmt: skip
         found.append(labels.auroc(*sides))
     return named, np.array(found)
@@ -49,6 +49,18 @@ def test_planted_features_are_called_by_their_words_and_score_high(planted):
     named, found = judged(planted)
     assert all(set(one.fires) == set(VOCABULARY[3 * i : 3 * i + 3]) for i, one in enumerate(named))
     assert found.min() > 0.99
+
+
+def test_what_stands_before_a_place_and_the_language_tell_it_as_well(planted):
+    embedding, none, rng = planted[2], planted[2][:0], np.random.default_rng(0)
+    before = embedding[rng.integers(10, 60, size=(50, 4))]
+    behind = before.copy()
+    behind[np.arange(50), rng.integers(4, size=50)] = embedding[3]
+    words, other = [none, embedding[3:4], none], embedding[rng.integers(10, 60, size=(50, 1))]
+    assert labels.auroc(*(labels.alike(words, [other, each, other]) for each in (behind, before))) > 0.99
+    spoken = np.arange(50) % 2
+    by_language = labels.alike([none] * 3, [other] * 3, spoken)
+    assert labels.auroc(by_language[spoken == 1], by_language[spoken == 0]) == 1
 
 
 def test_labels_of_other_features_score_at_chance(planted):
@@ -91,6 +103,9 @@ def test_a_label_says_what_it_has_and_no_more():
     made = labels.made(["Paris ", " paris", "x"] * 9, ["fr"] * 27, Counter(x=100), [" a", "France", "france", "42"],
                        pd.Series({"arrow": 0.8, "output": 0.2}), pd.Series({"en": 0.9, "fr": 0.1}))  # fmt: skip
     assert str(made) == "fires on paris; promotes france · 42; at arrows; French text"
+    made = labels.made([f"w{i}" for i in range(40)], ["en"] * 40, Counter(x=100, the=30), [],
+                       before=[["the", " Not", "x"], ["x", "x", "x"]] * 20)  # fmt: skip
+    assert str(made) == "behind not", "what stands before half of all places by chance is in a label"
     empty = labels.made([], [], Counter(), ["\n"])
     assert str(empty) == "no label" and not empty
 

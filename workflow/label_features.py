@@ -144,35 +144,51 @@ class Reader:
     def tokens(self, places) -> list[str]:
         return [example(self.text, int(at), 0.0)["token"] for at in places]
 
+    def before(self, place: int) -> range:
+        """The places before one, as many as a context holds, of the same sequence."""
+        return range(max(place - place % WIDTH, place - WINDOW), place)
+
     def languages(self, places) -> list[str]:
         documents = self.text.document[np.asarray(places, dtype=int) // WIDTH]
         return self.text.documents["language"].iloc[documents].tolist()
 
-    def own(self, places) -> np.ndarray:
-        return self.embedding.of(self.ids[places])
-
-    def following(self, places) -> np.ndarray:
-        return self.embedding.of(self.ids[np.minimum(np.asarray(places) + 1, len(self.ids) - 1)])
+    def around(self, places) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The embeddings of each place's token, of those before it (zeros where there are none), and of the next."""
+        places = np.asarray(places, dtype=int)
+        before = np.zeros((len(places), WINDOW, len(self.embedding.mean)))
+        for row, at in zip(before, places.tolist(), strict=True):
+            if spots := self.before(at):
+                row[: len(spots)] = self.embedding.of(self.ids[spots.start : spots.stop])
+        following = self.ids[np.minimum(places + 1, len(self.ids) - 1)]
+        return self.embedding.of(self.ids[places])[:, None], before, self.embedding.of(following)[:, None]
 
     def contexts(self, places) -> np.ndarray:
         """The mean embedding of a place and the tokens before it."""
-        rows = [self.embedding.of(self.ids[max(at - at % WIDTH, at - WINDOW) : at + 1]).mean(0) for at in places]
+        rows = [self.embedding.of(self.ids[self.before(at).start : at + 1]).mean(0) for at in map(int, places)]
         return np.stack(rows) if rows else np.zeros((0, len(self.embedding.mean)))
 
 
 def scored(seen: list[Seen], named: list[Label], reader: Reader, rng: np.random.Generator) -> pd.DataFrame:
-    """Return detection and intruder scores of the features of a block, and detection with shuffled labels."""
-    vectors = [(reader.embedding.words(one.fires), reader.embedding.words(one.promotes)) for one in named]
+    """Return detection and intruder scores of the features of a block, and detection with shuffled labels.
+
+    ``detection_strong``: of the strongest fifth of the activations alone, as most examples that are shown are.
+    """
+    vectors = [[reader.embedding.words(words) for words in (one.fires, one.behind, one.promotes)] for one in named]
     contexts = [reader.contexts(one.judges) for one in seen]
     found = []
     for i, one in enumerate(seen):
-        at = {side: (reader.own(getattr(one, side)), reader.following(getattr(one, side)))
-              for side in ("judges", "silent")}
+        at = {side: reader.around(getattr(one, side)) for side in ("judges", "silent")}
+        spoken = {side: np.array(reader.languages(getattr(one, side))) for side in at}
+        strong = np.array([one.bins[place] == labels.BINS for place in one.judges.tolist()], dtype=bool)
         row, other = {}, (i + 1 + int(rng.integers(max(1, len(seen) - 1)))) % len(seen)
         for name, which in (("detection", i), ("detection_shuffled", other)):
-            known = bool(len(vectors[which][0]) + len(vectors[which][1]))
-            scores = [labels.alike(*vectors[which], *at[side]) for side in ("judges", "silent")]
-            row[name] = labels.auroc(*scores) if known else float("nan")
+            fires, silent = (
+                labels.alike(vectors[which], at[side], spoken[side] == named[which].language) for side in at
+            )
+            known = bool(named[which] or named[which].language)
+            row[name] = labels.auroc(fires, silent) if known else float("nan")
+            if name == "detection":
+                row["detection_strong"] = labels.auroc(fires[strong], silent) if known else float("nan")
         row["intruder"] = labels.intruder(contexts[i], contexts[other], rng)
         found.append(row | {"n_fires": len(one.bins), "n_judged": len(one.judges)})
     return pd.DataFrame(found)
@@ -191,7 +207,8 @@ def frame(
         mass = None if feature.mass.empty else feature.mass.groupby("token_type")["mass"].mean()
         promoted = [token["token"] for token in feature.seen["promoted"]] if feature.seen else []
         tokens, languages = reader.tokens(one.makes), reader.languages(one.makes)
-        named.append(labels.made(tokens, languages, everywhere, promoted, mass, spoken))
+        before = [reader.tokens(reader.before(int(at))) for at in one.makes]
+        named.append(labels.made(tokens, languages, everywhere, promoted, mass, spoken, before))
     table = scored(seen, named, reader, rng)
     first = [[ids[0] for text in one.promotes if (ids := reader.embedding.ids(text))] for one in named]
     table["output"], table["output_shuffled"] = output_scores(model, sae, [f.latent for f in features], first)
@@ -201,7 +218,7 @@ def frame(
             labels.predicted(vectors[(i + shift) % len(vectors)], goals, _untouched(feature))
             for i, feature in enumerate(features)
         ]
-    told = {name: [getattr(one, name) for one in named] for name in ("fires", "promotes")}
+    told = {name: [getattr(one, name) for one in named] for name in ("fires", "behind", "promotes")}
     return table.assign(
         layer=sae.layer, latent=[f.latent for f in features], label=[str(one) for one in named],
         quantiles=[_shown(one, reader) for one in seen], **{name: [list(x) for x in v] for name, v in told.items()},

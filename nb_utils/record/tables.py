@@ -58,7 +58,7 @@ RECORDS = {
     "features": {"examples": pa.list_(pa.struct(_EXAMPLE)), "promoted": _LOGITS, "suppressed": _LOGITS},
     "labels": {
         "quantiles": pa.list_(pa.struct({**_EXAMPLE, "quantile": pa.int32()})),
-        "fires": pa.list_(pa.string()), "promotes": pa.list_(pa.string()),
+        "fires": pa.list_(pa.string()), "behind": pa.list_(pa.string()), "promotes": pa.list_(pa.string()),
     },
 }  # fmt: skip
 

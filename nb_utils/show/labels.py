@@ -1,15 +1,15 @@
 """Labels of features, from evidence alone, and scores that say how far a label can be trusted.
 
 No judge is asked, neither a person nor a model: a label is the tokens on which a feature fires more often than chance,
-those that its direction promotes, the kind of token in few-shot prompts and the language that hold most of its
-activation. The scores are simple on purpose: a label that scores well is right in a way that anybody can check, and a
-shuffled label scores at chance.
+those that stand before such places, those that its direction promotes, the kind of token in few-shot prompts and the
+language that hold most of its activation. The scores are simple on purpose: a label that scores well is right in a way
+that anybody can check, and a shuffled label scores at chance.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,18 +17,21 @@ import pandas as pd
 from jaxtyping import Float
 
 WORDS = 3  # at most of each sort in a label
-SHARE, LIFT, LEAST = 0.05, 3.0, 2  # of firing tokens that a word needs; over its share of all tokens; how often
+SHARE, LIFT, LEAST = 0.05, 3.0, 2  # of firing tokens that a word needs; over what chance gives it; how often
 MOST = 0.5  # share of the activation from which a kind of token, or a language, is in the label
 BINS = 5  # equal parts of the activations, from the weakest to the strongest
 LANGUAGES = {"en": "English", "de": "German", "es": "Spanish", "fr": "French", "it": "Italian"}
-NEXT = 0.5  # weight of what follows beside what fires
+WEIGHTS = (1.0, 0.5, 0.5)  # of what fires, of what stands before it, of what follows
+SPOKEN = 0.25  # what the label's language adds
 
 
 @dataclass(frozen=True)
 class Label:
-    """What a feature is called by: words it fires on, words it promotes, a kind of token, a language; any may lack."""
+    """What a feature is called by: words that it fires on, words before them, words that it promotes, a kind of token,
+    a language; any may lack."""
 
     fires: tuple[str, ...] = ()
+    behind: tuple[str, ...] = ()
     promotes: tuple[str, ...] = ()
     place: str = ""
     language: str = ""
@@ -36,6 +39,7 @@ class Label:
     def __str__(self) -> str:
         parts = [
             f"fires on {' · '.join(self.fires)}" if self.fires else "",
+            f"behind {' · '.join(self.behind)}" if self.behind else "",
             f"promotes {' · '.join(self.promotes)}" if self.promotes else "",
             f"at {self.place}s" if self.place else "",
             f"{LANGUAGES.get(self.language, self.language)} text" if self.language else "",
@@ -43,7 +47,7 @@ class Label:
         return "; ".join(part for part in parts if part) or "no label"
 
     def __bool__(self) -> bool:
-        return bool(self.fires or self.promotes)
+        return bool(self.fires or self.behind or self.promotes)
 
 
 def word(token: str) -> str:
@@ -54,25 +58,35 @@ def word(token: str) -> str:
 def made(
     tokens: Sequence[str], languages: Sequence[str], everywhere: Counter, promoted: Sequence[str],
     mass: pd.Series | None = None, languages_everywhere: pd.Series | None = None,
+    before: Sequence[Sequence[str]] = (),
 ) -> Label:
     """Make a label of evidence.
 
-    ``tokens``, ``languages``: of places where the feature fires, of all quantiles alike. ``everywhere``: how often each
+    ``tokens``, ``languages``, ``before``: of places where the feature fires, of all quantiles alike, the token, the
+    language of the text, and the tokens that stand before it. ``everywhere``: how often each
     word occurs in the text. ``promoted``: what the direction promotes, the most first. ``mass``: the share of its
     activation in few-shot prompts by kind of token. ``languages_everywhere``: the share of each language in the text.
     """
-    found, whole = Counter(word(token) for token in tokens), max(1, sum(everywhere.values()))
-    often = [
-        (n / len(tokens), name) for name, n in found.items()
-        if name and n >= LEAST and n / len(tokens) >= max(SHARE, LIFT * everywhere[name] / whole)
-    ]
-    fires = [name for _, name in sorted(often, key=lambda one: (-one[0], one[1]))][:WORDS]
+    fires = _often([[token] for token in tokens], everywhere)
+    behind = [name for name in _often(before, everywhere) if name not in fires]
     words = dict.fromkeys(word(token) for token in promoted if len(word(token)) > 1 and any(map(str.isalnum, token)))
     place = "" if mass is None or mass.empty or mass.max() < MOST else str(mass.idxmax())
     spoken = pd.Series(list(languages)).value_counts(normalize=True)
     usual = {} if languages_everywhere is None else languages_everywhere
     special = [name for name, share in spoken.items() if share >= MOST and share >= 1.5 * usual.get(name, 0)]
-    return Label(tuple(fires), tuple(list(words)[:WORDS]), place, special[0] if special else "")
+    told = (tuple(names[:WORDS]) for names in (fires, behind, list(words)))
+    return Label(*told, place, special[0] if special else "")
+
+
+def _often(groups: Sequence[Collection[str]], everywhere: Counter) -> list[str]:
+    """Return the words that more groups of tokens hold than chance would have it, the most frequent first."""
+    found = Counter(name for group in groups for name in {word(token) for token in group})
+    size, whole = sum(map(len, groups)) / max(1, len(groups)), max(1, sum(everywhere.values()))
+    share = {
+        name: n / len(groups) for name, n in found.items()
+        if name and n >= LEAST and n / len(groups) >= max(SHARE, LIFT * (1 - (1 - everywhere[name] / whole) ** size))
+    }  # fmt: skip
+    return sorted(share, key=lambda name: (-share[name], name))
 
 
 def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
@@ -91,19 +105,20 @@ def quantiles(values: Float[np.ndarray, " n"]) -> np.ndarray:
 
 
 def alike(
-    fires: Float[np.ndarray, "w d"], promotes: Float[np.ndarray, "v d"], own: Float[np.ndarray, "n d"],
-    following: Float[np.ndarray, "n d"],
+    words: Sequence[Float[np.ndarray, "w d"]], tokens: Sequence[Float[np.ndarray, "n t d"]],
+    spoken: Float[np.ndarray, " n"] | float = 0.0,
 ) -> Float[np.ndarray, " n"]:
-    """Score places by a label's words alone: how near the token is to one it fires on, or the next to one it promotes.
+    """Score places by a label alone: how near a token is to one that it fires on, one before it to one that it fires
+    behind, or the next to one that it promotes; and whether the text is in its language.
 
-    All are unit embeddings: of the label's words, of the tokens at the places, and of those that follow. The classifier
-    of detection.
+    ``words``, ``tokens``: unit embeddings of the label's words and of a place's tokens, of each of the three sorts.
+    ``spoken``: 1 where the language is the label's. The classifier of detection.
     """
-    best = np.full(len(own), -1.0)
-    for words, tokens, weight in ((fires, own, 1.0), (promotes, following, NEXT)):
-        if len(words):
-            best = np.maximum(best, weight * (tokens @ words.T).max(1))
-    return best
+    best = np.full(len(tokens[0]), -1.0)
+    for mine, there, weight in zip(words, tokens, WEIGHTS, strict=True):
+        if len(mine):
+            best = np.maximum(best, weight * (there @ mine.T).max((1, 2)))
+    return best + SPOKEN * spoken
 
 
 def intruder(own: Float[np.ndarray, "n d"], other: Float[np.ndarray, "m d"], rng, draws: int = 20) -> float:
