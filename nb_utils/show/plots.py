@@ -468,7 +468,8 @@ def template_grids(grids: Mapping[str, pd.DataFrame], title: str = "") -> Figure
     ``grids``: {method: frame, index and columns are names of templates}; blue is below zero-shot, the scale is shared.
     """
     bound = max(np.nanmax([np.abs(grid.clip(upper=1)).to_numpy() for grid in grids.values()]), 0.1)
-    fig, axes = plt.subplots(1, len(grids), figsize=(1.2 + 2.2 * len(grids), 3.3), sharey=True, squeeze=False)
+    height = 1.9 + 0.28 * max(map(len, grids.values()))
+    fig, axes = plt.subplots(1, len(grids), figsize=(1.2 + 2.2 * len(grids), height), sharey=True, squeeze=False)
     for ax, (method, grid) in zip(axes[0], grids.items(), strict=True):
         for number, written in _heat_map(ax, grid, "RdBu_r", TwoSlopeNorm(0, -bound, bound), _signed):
             written.set_color("white" if abs(number) > 0.62 * bound else INK)
@@ -827,7 +828,7 @@ def table(
             {"selector": "td, th", "props": "text-align: right; vertical-align: bottom; padding: 0.25rem 0.5rem"},
             {"selector": "th", "props": "white-space: normal"},
             {"selector": names, "props": "text-align: left"},
-            {"selector": prose or "td.none", "props": "text-align: left; white-space: normal; min-width: 14rem"},
+            {"selector": prose or "td.none", "props": "text-align: left; white-space: normal; min-width: 10rem"},
         ]
     )
     return styled if index else styled.hide(axis="index")
