@@ -21,6 +21,7 @@ from book.ledger import certificates
 from nb_utils import tasks
 from nb_utils.record import tables
 from nb_utils.show import widgets
+from nb_utils.statistics import rows
 
 SETTINGS = {
     "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},
@@ -409,10 +410,12 @@ def test_the_strip_follows_a_typed_prompt(live, backend):
 
     strip = live.get_by_role("group", name="Token strip")
     strip.locator('[data-field="layer"]').select_option("8")
-    strip.locator('[data-field="executor"]').fill("1866")
+    known = rows(tables.load("explore_tokens"), task="antonyms", layer=8, role="executor")
+    latent = int(known["latent"].iloc[0])
+    strip.locator('[data-field="executor"]').fill(str(latent))
     strip.locator('[data-field="prompt"]').fill("up -> down\nbig -> small\n<i>hot ->")
     read = microscope.prompt(backend.model.tokenizer, "up -> down\nbig -> small\n<i>hot ->")
-    found = microscope.activations(backend.model, backend.sae(8), read, [1866])[1:, 0]
+    found = microscope.activations(backend.model, backend.sae(8), read, [latent])[1:, 0]
     shown = strip.locator(".nbw-strip").nth(1).locator("small")
     expect(shown).to_have_count(len(found) + 1, timeout=WAIT)  # BOS first; the strip before had more tokens
     assert shown.all_inner_texts()[1:] == [str(int(a + 0.5)) if a > 0 else "·" for a in found.tolist()]

@@ -104,7 +104,7 @@ def test_a_label_says_what_it_has_and_no_more():
                        pd.Series({"arrow": 0.8, "output": 0.2}), pd.Series({"en": 0.9, "fr": 0.1}))  # fmt: skip
     assert str(made) == "fires on paris; promotes france · 42; at arrows; French text"
     made = labels.made([f"w{i}" for i in range(40)], ["en"] * 40, Counter(x=100, the=30), [],
-                       before=[["the", " Not", "x"], ["x", "x", "x"]] * 20)  # fmt: skip
+                       None, pd.Series({"en": 1.0}), [["the", " Not", "x"], ["x", "x", "x"]] * 20)  # fmt: skip
     assert str(made) == "behind not", "what stands before half of all places by chance is in a label"
     empty = labels.made([], [], Counter(), ["\n"])
     assert str(empty) == "no label" and not empty

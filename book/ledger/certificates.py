@@ -72,14 +72,16 @@ def necessary(book: Book, method: str) -> pd.Series:
 def stable(book: Book, method: str) -> pd.Series:
     """Return the share of the vector's features that recur: over its seeds, and in an SAE of another seed if there is.
 
-    The smaller of the two shares.
+    The smaller of the two shares; the first at the block where seeds were run, which need not be the vector's own.
     """
     _sparse(method, "no features that could recur")
     found = _features(book, method)
-    many = found.groupby("task")["seed"].transform("nunique") > 1
+    seeds = rows(book.table("02_cleanup_features"), method=method).groupby("layer")["seed"].nunique()
+    again = _features(book, method, int(seeds.idxmax()))
+    many = again.groupby("task")["seed"].transform("nunique") > 1
     if not many.any():
-        raise ClaimError(f"At its block the {plots.label(method)} vector was made with one seed alone.")
-    over_seeds = {task: statistics.overlap(one).loc[method, method] for task, one in found[many].groupby("task")}
+        raise ClaimError(f"The {plots.label(method)} vector was made with one seed alone.")
+    over_seeds = {task: statistics.overlap(one).loc[method, method] for task, one in again[many].groupby("task")}
     shares = [pd.Series(over_seeds)]
     try:
         twins = rows(book.read("stability"), first="shipped", second="second_seed")
@@ -120,14 +122,21 @@ def _sparse(method: str, lacks: str) -> None:
         raise ClaimError(f"The {plots.label(method)} vector is dense: it has {lacks}.")
 
 
-def _features(book: Book, method: str) -> pd.DataFrame:
-    """Return the latents of a sparse vector at its own block, of every seed, as `statistics.overlap` takes them."""
+def _features(book: Book, method: str, layer: int | None = None) -> pd.DataFrame:
+    """Return the latents of a sparse vector of every seed, as `statistics.overlap` takes them.
+
+    At its own block, or after another under the penalty that was chosen for the first seed at its own.
+    """
     vector = getattr(book, VECTORS[method])
-    found = rows(book.table("02_cleanup_features"), method=method, layer=book[VECTORS[method]])
+    own = book[VECTORS[method]]
+    found = rows(book.table("02_cleanup_features"), method=method, layer=own if layer is None else layer)
     found = found[found["after"] != 0]
     if method == "prune_contrast":
         return rows(found, k=book.k)
-    return found.merge(vector[["task", "seed", "penalty"]], on=["task", "seed", "penalty"]).assign(k=0)
+    chosen = vector[["task", "seed", "penalty"]]
+    if layer not in (None, own):
+        chosen = rows(chosen, seed=0).drop(columns="seed")
+    return found.merge(chosen, on=list(chosen)).assign(k=0)
 
 
 CERTIFICATES = (
