@@ -30,12 +30,6 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem not in LONG)
 
 
-def pytest_xdist_auto_num_workers():
-    """Test in one process more than there are cores, as many tests wait for another, if each has 4 GB of memory."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min((os.cpu_count() or 1) + 1, memory // 4_000_000_000))
-
-
 def pytest_xdist_make_scheduler(config, log):
     """Test every file in one process, and in the same one all that reads the built book: it is built once."""
     from xdist.scheduler import LoadFileScheduling
