@@ -73,6 +73,18 @@ def test_features_recur_in_another_sae_if_one_was_trained():
     pd.testing.assert_series_equal(found, alone, check_names=False)
 
 
+@pytest.mark.parametrize("method", ["prune_contrast", "clean"])
+def test_features_recur_over_the_seeds_of_the_block_that_has_several(method):
+    every = statistics.rows(BOOK.table("02_cleanup_features"), method=method)
+    (layer,) = every.loc[every["seed"].gt(0), "layer"].unique()
+    again = certificates._features(BOOK, method, int(layer))
+    assert set(again["layer"]) == {layer} and again.groupby("task")["seed"].nunique().max() > 1
+    found = certificates.stable(BOOK, method)
+    task = found.index[0]
+    assert found[task] == pytest.approx(statistics.overlap(statistics.rows(again, task=task)).loc[method, method])
+    assert found.between(0, 1).all() and found.nunique() > 1
+
+
 def test_a_label_is_legible_where_it_predicts():
     own = certificates._features(BOOK, "prune_contrast")[["layer", "latent"]].drop_duplicates()
     found = certificates.legible(Made(labels=own.assign(prediction=0.8)), "prune_contrast")

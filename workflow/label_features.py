@@ -182,10 +182,11 @@ def scored(seen: list[Seen], named: list[Label], reader: Reader, rng: np.random.
         strong = np.array([one.bins[place] == labels.BINS for place in one.judges.tolist()], dtype=bool)
         row, other = {}, (i + 1 + int(rng.integers(max(1, len(seen) - 1)))) % len(seen)
         for name, which in (("detection", i), ("detection_shuffled", other)):
+            language = named[which].language
             fires, silent = (
-                labels.alike(vectors[which], at[side], spoken[side] == named[which].language) for side in at
+                labels.alike(vectors[which], at[side], (spoken[side] == language) & bool(language)) for side in at
             )
-            known = bool(named[which] or named[which].language)
+            known = bool(named[which] or language)
             row[name] = labels.auroc(fires, silent) if known else float("nan")
             if name == "detection":
                 row["detection_strong"] = labels.auroc(fires[strong], silent) if known else float("nan")

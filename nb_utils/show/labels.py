@@ -63,9 +63,9 @@ def made(
     """Make a label of evidence.
 
     ``tokens``, ``languages``, ``before``: of places where the feature fires, of all quantiles alike, the token, the
-    language of the text, and the tokens that stand before it. ``everywhere``: how often each
-    word occurs in the text. ``promoted``: what the direction promotes, the most first. ``mass``: the share of its
-    activation in few-shot prompts by kind of token. ``languages_everywhere``: the share of each language in the text.
+    language of the text, and the tokens that stand before it. ``everywhere``: how often each word occurs in the text.
+    ``promoted``: what the direction promotes, the most first. ``mass``: the share of its activation in few-shot prompts
+    by kind of token. ``languages_everywhere``: the share of each language in the text.
     """
     fires = _often([[token] for token in tokens], everywhere)
     behind = [name for name in _often(before, everywhere) if name not in fires]
