@@ -106,6 +106,10 @@ def test_a_label_says_what_it_has_and_no_more():
     made = labels.made([f"w{i}" for i in range(40)], ["en"] * 40, Counter(x=100, the=30), [],
                        None, pd.Series({"en": 1.0}), [["the", " Not", "x"], ["x", "x", "x"]] * 20)  # fmt: skip
     assert str(made) == "behind not", "what stands before half of all places by chance is in a label"
+    names = ["Alma", "Bram"] * 20
+    for documents, label in (([0] * 38 + [1, 2], "fires on alma"), ([0, 0, 1, 1] * 10, "no label")):
+        made = labels.made(["x", *names[1:-1], "Alma"], [""] * 40, Counter(x=99), [], documents=documents)
+        assert str(made) == label, "a word of too few documents is in a label, or one of enough is not"
     empty = labels.made([], [], Counter(), ["\n"])
     assert str(empty) == "no label" and not empty
 

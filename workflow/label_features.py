@@ -148,9 +148,11 @@ class Reader:
         """The places before one, as many as a context holds, of the same sequence."""
         return range(max(place - place % WIDTH, place - WINDOW), place)
 
+    def documents(self, places) -> list[int]:
+        return self.text.document[np.asarray(places, dtype=int) // WIDTH].tolist()
+
     def languages(self, places) -> list[str]:
-        documents = self.text.document[np.asarray(places, dtype=int) // WIDTH]
-        return self.text.documents["language"].iloc[documents].tolist()
+        return self.text.documents["language"].iloc[self.documents(places)].tolist()
 
     def around(self, places) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The embeddings of each place's token, of those before it (zeros where there are none), and of the next."""
@@ -209,7 +211,8 @@ def frame(
         promoted = [token["token"] for token in feature.seen["promoted"]] if feature.seen else []
         tokens, languages = reader.tokens(one.makes), reader.languages(one.makes)
         before = [reader.tokens(reader.before(int(at))) for at in one.makes]
-        named.append(labels.made(tokens, languages, everywhere, promoted, mass, spoken, before))
+        within = reader.documents(one.makes)
+        named.append(labels.made(tokens, languages, everywhere, promoted, mass, spoken, before, within))
     table = scored(seen, named, reader, rng)
     first = [[ids[0] for text in one.promotes if (ids := reader.embedding.ids(text))] for one in named]
     table["output"], table["output_shuffled"] = output_scores(model, sae, [f.latent for f in features], first)

@@ -17,7 +17,8 @@ import pandas as pd
 from jaxtyping import Float
 
 WORDS = 3  # at most of each sort in a label
-SHARE, LIFT, LEAST = 0.05, 3.0, 2  # of firing tokens that a word needs; over what chance gives it; how often
+SHARE, LIFT = 0.05, 3.0  # of the places that a word needs; over what chance gives it
+LEAST = 3  # documents that hold it: one document has its names everywhere
 MOST = 0.5  # share of the activation from which a kind of token, or a language, is in the label
 BINS = 5  # equal parts of the activations, from the weakest to the strongest
 LANGUAGES = {"en": "English", "de": "German", "es": "Spanish", "fr": "French", "it": "Italian"}
@@ -58,17 +59,19 @@ def word(token: str) -> str:
 def made(
     tokens: Sequence[str], languages: Sequence[str], everywhere: Counter, promoted: Sequence[str],
     mass: pd.Series | None = None, languages_everywhere: pd.Series | None = None,
-    before: Sequence[Sequence[str]] = (),
+    before: Sequence[Sequence[str]] = (), documents: Sequence[int] | None = None,
 ) -> Label:
     """Make a label of evidence.
 
     ``tokens``, ``languages``, ``before``: of places where the feature fires, of all quantiles alike, the token, the
-    language of the text, and the tokens that stand before it. ``everywhere``: how often each word occurs in the text.
-    ``promoted``: what the direction promotes, the most first. ``mass``: the share of its activation in few-shot prompts
-    by kind of token. ``languages_everywhere``: the share of each language in the text.
+    language of the text, and the tokens that stand before it. ``documents``: which one each place lies in; without,
+    each is one of its own. ``everywhere``: how often each word occurs in the text. ``promoted``: what the direction
+    promotes, the most first. ``mass``: the share of its activation in few-shot prompts by kind of token.
+    ``languages_everywhere``: the share of each language in the text.
     """
-    fires = _often([[token] for token in tokens], everywhere)
-    behind = [name for name in _often(before, everywhere) if name not in fires]
+    documents = range(len(tokens)) if documents is None else documents
+    fires = _often([[token] for token in tokens], documents, everywhere)
+    behind = [name for name in _often(before or [()] * len(tokens), documents, everywhere) if name not in fires]
     words = dict.fromkeys(word(token) for token in promoted if len(word(token)) > 1 and any(map(str.isalnum, token)))
     place = "" if mass is None or mass.empty or mass.max() < MOST else str(mass.idxmax())
     spoken = pd.Series(list(languages)).value_counts(normalize=True)
@@ -78,15 +81,20 @@ def made(
     return Label(*told, place, special[0] if special else "")
 
 
-def _often(groups: Sequence[Collection[str]], everywhere: Counter) -> list[str]:
-    """Return the words that more groups of tokens hold than chance would have it, the most frequent first."""
-    found = Counter(name for group in groups for name in {word(token) for token in group})
-    size, whole = sum(map(len, groups)) / max(1, len(groups)), max(1, sum(everywhere.values()))
-    share = {
-        name: n / len(groups) for name, n in found.items()
-        if name and n >= LEAST and n / len(groups) >= max(SHARE, LIFT * (1 - (1 - everywhere[name] / whole) ** size))
-    }  # fmt: skip
-    return sorted(share, key=lambda name: (-share[name], name))
+def _often(places: Sequence[Collection[str]], documents: Sequence[int], everywhere: Counter) -> list[str]:
+    """Return the words that more places hold than chance would have it, of enough documents, the most frequent first.
+
+    ``places``: the tokens of each. Chance is that one of so many tokens is the word.
+    """
+    within: dict[str, list[int]] = {}
+    for tokens, document in zip(places, documents, strict=True):
+        for name in {word(token) for token in tokens} - {""}:
+            within.setdefault(name, []).append(document)
+    size, whole = sum(map(len, places)) / max(1, len(places)), max(1, sum(everywhere.values()))
+    share = {name: len(found) / len(places) for name, found in within.items() if len(set(found)) >= LEAST}
+    chance = {name: 1 - (1 - everywhere[name] / whole) ** size for name in share}
+    often = [name for name in share if share[name] >= max(SHARE, LIFT * chance[name])]
+    return sorted(often, key=lambda name: (-share[name], name))
 
 
 def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
