@@ -437,10 +437,12 @@ def test_in_context_vectors_run_on_a_behaviour_as_well(tmp_path):
     """The other tests run it on a word task; a behaviour has other measures, and sentences of another source."""
     path = ROOT / "book/experiments/22_in_context_vectors.ipynb"
     small = {key: value for key, value in SIZES.items() if key in runs.known_parameters(path)}
-    given = TINY | small | {"task": "register", "layers": "2", "n_test": 4, "seeds": 1, "tables_dir": str(tmp_path)}
+    asked = {"task": "register", "layers": "2", "n_test": 4, "seeds": 1, "tries": 8, "tables_dir": str(tmp_path)}
+    given = TINY | small | asked
     runs.execute(path, given, tmp_path / "run.ipynb", tmp_path / "run.log")
     table = pd.read_parquet(tmp_path / path.stem / "tiny/register.parquet")
     steered = table[table["budget"].notna()]
+    assert (steered["kl"] / steered["budget"]).between(0.9, 1.11).all(), "vectors of other costs are compared"
     assert set(table["kind"]) == {"behaviour"} and set(steered["place"]) == {"ff", "mlp", "resid", "block"}
     told = ["kl", "effect", "shift", "shift_elsewhere", "loss_y", "loss_x", "validation_loss"]
     assert steered[told].notna().all(axis=None)
