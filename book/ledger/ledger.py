@@ -198,8 +198,8 @@ def table(judged: Mapping[str, Row], links: bool = False) -> Styler:
         claim = f"{escape(row.claim.claim)} ({row.claim.source})"
         if row.number is None or not links:
             claim = f"<b>{claim}</b><br>{escape(row.decides)}"
-        line = {"claim": claim, "verdict": row.verdict, "our number [95 %]": _unbroken(row), "asked": row.asked}
-        line["tasks"] = _unbroken(row.on_side)
+        line = {"claim": claim, "verdict": row.verdict, "our number [95 %]": _unbroken(row)}
+        line |= {"asked": _unbroken(row.asked), "tasks": _unbroken(row.on_side)}
         if links:
             line["over families"] = _unbroken(row.over_families)
             line["page"] = f'<a href="{row.claim.page}.html">{row.claim.page[:2]}</a>'
