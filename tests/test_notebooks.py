@@ -67,6 +67,12 @@ def test_each_experiment_has_its_finding_and_its_place_in_the_workflow():
     assert set(OWN) == set(stems) & set(tables.OWN_MODELS)
 
 
+@pytest.mark.parametrize("path", FINDINGS, ids=name)
+def test_a_finding_shows_no_code_unasked_but_what_its_reader_is_to_change(path):
+    for cell in (cell for cell in read(path).cells if cell.cell_type == "code" and not cell.id.startswith("try-")):
+        assert {"hide-input", "remove-input"} & set(cell.metadata.get("tags", [])), cell.id
+
+
 @every_notebook
 def test_a_stored_notebook_is_valid_and_clean(path):
     notebook = read(path)

@@ -32,6 +32,15 @@ def test_cells_of_a_map_are_told_by_the_names_of_row_and_column():
     ]
 
 
+def test_parts_of_a_bar_are_told_by_what_it_stands_for():
+    ax = pd.DataFrame({"outputs": [0.7, 0.2], "inputs": [0.1, 0.5]}, ["head 3", "head 2"]).plot.barh(stacked=True)
+    told = values.of(ax.figure)
+    assert told[["series", "y"]].agg(tuple, axis=1).tolist() == [
+        ("outputs", "head 3"), ("outputs", "head 2"), ("inputs", "head 3"), ("inputs", "head 2")]  # fmt: skip
+    assert told["value"].round(6).tolist() == [0.7, 0.2, 0.1, 0.5]
+    assert "head 3 · 0.7" in values.show(ax, "bars").data
+
+
 def test_every_spot_has_its_words_and_no_id_meets_another_figures():
     pages = [values.show(plots.loss_by_layer(LINES.assign(mean=LINES["mean"] + i)), "Loss").data for i in range(2)]
     assert [page.count('class="nb-spot"') for page in pages] == [5, 5]

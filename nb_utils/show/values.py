@@ -15,7 +15,9 @@ from IPython.display import HTML
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 SVG, LINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 COLUMNS = ["panel", "series", "x", "y", "value"]
@@ -24,8 +26,8 @@ COLUMNS = ["panel", "series", "x", "y", "value"]
 def show(drawn: Axes | Figure, alt: str) -> HTML:
     """Return a figure as a picture in the page, with its values behind, and close it.
 
-    ``alt``: what is drawn, for who does not see it. Every point of a line or cloud and every cell of a map says its
-    value when the mouse is on it; with the script of the book, the arrow keys go from one to the next.
+    ``alt``: what is drawn, for who does not see it. Every point of a line or cloud, every cell of a map and every bar
+    says its value when the mouse is on it; with the script of the book, the arrow keys go from one to the next.
     """
     figure = drawn.figure if isinstance(drawn, Axes) else drawn
     points = list(_points(figure))
@@ -57,8 +59,11 @@ def _points(figure: Figure) -> Iterator[tuple[Axes, tuple[float, float] | None, 
                 yield _point(ax, artist, *at, number)
 
 
-def _drawn(ax: Axes) -> Iterator[tuple[Artist, tuple]]:
-    """Yield what is drawn in axes: (x, y) of lines and clouds, (None, y) of level lines, (x, y, value) of maps."""
+def _drawn(ax: Axes) -> Iterator[tuple[Artist | BarContainer, tuple]]:
+    """Yield what is drawn in axes: (x, y) of lines and clouds, (None, y) of level lines, (x, y, value) of maps.
+
+    Of a bar likewise, its middle and its length.
+    """
     for line in ax.lines:
         if line.get_transform() == ax.transData:
             yield from ((line, at) for at in zip(*map(np.atleast_1d, line.get_data()), strict=True))
@@ -69,15 +74,18 @@ def _drawn(ax: Axes) -> Iterator[tuple[Artist, tuple]]:
     for image in ax.images:
         grid = np.ma.filled(image.get_array().astype(float), np.nan)
         yield from ((image, (j, i, number)) for (i, j), number in np.ndenumerate(grid))
+    for bars in (one for one in ax.containers if isinstance(one, BarContainer)):
+        length = Rectangle.get_height if bars.orientation == "vertical" else Rectangle.get_width
+        yield from ((bars, (*bar.get_center(), length(bar))) for bar in bars)
 
 
-def _name(artist: Artist) -> str:
+def _name(artist: Artist | BarContainer) -> str:
     """Return the name of what is drawn; matplotlib gives those that have none one that starts with _."""
     name = str(artist.get_label())
     return "" if name.startswith("_") else name
 
 
-def _point(ax: Axes, artist: Artist, x: float | None, y: float, value: float | None = None) -> tuple:
+def _point(ax: Axes, artist: Artist | BarContainer, x: float | None, y: float, value: float | None = None) -> tuple:
     across, up = "" if x is None else _said(ax.xaxis, float(x)), _said(ax.yaxis, float(y))
     panel = ax.get_title() or ax.get_title(loc="left")
     told = [panel, _name(artist)]
