@@ -17,7 +17,7 @@ import pandas as pd
 from jaxtyping import Float
 
 WORDS = 3  # at most of each sort in a label
-SHARE, LIFT = 0.05, 3.0  # of the places that a word needs; over what chance gives it
+SHARE, CHANCE = 0.05, 0.05  # of the places that a word needs; how likely any word of a label may be one by chance
 LEAST = 3  # documents that hold it: one document has its names everywhere
 MOST = 0.5  # share of the activation from which a kind of token, or a language, is in the label
 BINS = 5  # equal parts of the activations, from the weakest to the strongest
@@ -84,17 +84,23 @@ def made(
 def _often(places: Sequence[Collection[str]], documents: Sequence[int], everywhere: Counter) -> list[str]:
     """Return the words that more places hold than chance would have it, of enough documents, the most frequent first.
 
-    ``places``: the tokens of each. Chance is that one of so many tokens is the word.
+    ``places``: the tokens of each. By chance, so many tokens hold the word as often as any do; the test is binomial.
     """
+    from scipy.stats import binom  # it takes a second to import, and pages have no need of it
+
     within: dict[str, list[int]] = {}
     for tokens, document in zip(places, documents, strict=True):
         for name in {word(token) for token in tokens} - {""}:
             within.setdefault(name, []).append(document)
-    size, whole = sum(map(len, places)) / max(1, len(places)), max(1, sum(everywhere.values()))
-    share = {name: len(found) / len(places) for name, found in within.items() if len(set(found)) >= LEAST}
-    chance = {name: 1 - (1 - everywhere[name] / whole) ** size for name in share}
-    often = [name for name in share if share[name] >= max(SHARE, LIFT * chance[name])]
-    return sorted(often, key=lambda name: (-share[name], name))
+    size, whole = sum(map(len, places)) / max(1, len(places)), 1 + sum(everywhere.values())
+    counts = {name: len(found) for name, found in within.items() if len(set(found)) >= LEAST}
+    chance = {name: 1 - (1 - (1 + everywhere[name]) / whole) ** size for name in counts}
+    # Every word that was seen is a try, so each gets its part of the error (Bonferroni).
+    often = [
+        name for name, n in counts.items() if n >= SHARE * len(places)
+        and binom.sf(n - 1, len(places), chance[name]) * len(within) < CHANCE
+    ]  # fmt: skip
+    return sorted(often, key=lambda name: (-counts[name], name))
 
 
 def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
