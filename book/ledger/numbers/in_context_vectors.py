@@ -75,7 +75,7 @@ def steering(
     """
     found = rows(book.read("22_in_context_vectors"), method=method, kind=kind)
     found = found[found["place"].eq("arrow") if arrow else found["budget"].between(least, most)]
-    found = found[found["pairs"].isna() | found["pairs"].eq(found["pairs"].max())]
+    found = most_pairs(found)
     if found.empty:
         raise ClaimError(f"Experiment 22 has no {method} vectors of kind {kind} that cost so much.")
     value = "loss_y" if kind == "behaviour" else "loss"
@@ -84,6 +84,11 @@ def steering(
     key = ["task", "place", "layer", "budget"]
     found = found.merge(first.loc[first.groupby("task")[value].idxmin(), key], on=key)
     return found.assign(preference=found["loss_x"] - found["loss_y"]) if "loss_x" in found else found
+
+
+def most_pairs(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of vectors that are made of the most pairs that their task has, and of those made otherwise."""
+    return frame[frame["pairs"].isna() | frame["pairs"].eq(frame.groupby(["task", "method"])["pairs"].transform("max"))]
 
 
 def shared_features(book: Book, *pair: str) -> pd.Series:
