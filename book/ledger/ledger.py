@@ -204,7 +204,9 @@ def table(judged: Mapping[str, Row], links: bool = False) -> Styler:
             line["over families"] = _unbroken(row.over_families)
             line["page"] = f'<a href="{row.claim.page}.html">{row.claim.page[:2]}</a>'
         lines.append(line)
-    return _wrapped(pd.DataFrame(lines), html=["claim", "page"])
+    styled = _wrapped(pd.DataFrame(lines), html=["claim", "page"])
+    narrow = [{"selector": "td, th", "props": "font-size: 0.78rem; padding: 0.25rem 0.35rem"}]
+    return styled.set_table_styles(narrow, overwrite=False) if links else styled  # two columns more
 
 
 def _wrapped(frame: pd.DataFrame, html: Sequence[str] = ()) -> Styler:
