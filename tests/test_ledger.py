@@ -392,6 +392,15 @@ def test_the_table_of_choices_is_made_anew_only_if_something_it_reads_has_change
     assert not choices.is_new(changed)
 
 
+def test_the_table_of_choices_is_made_anew_once_tables_are_there_that_claims_waited_for(tmp_path):
+    for path in (ROOT / "results/tables").iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    now = choices.origin(Book(folder=tmp_path), [])
+    assert now == choices.origin(Book(), [])
+    (tmp_path / "14_shots").unlink()
+    assert now != choices.origin(Book(folder=tmp_path), []), "claims of page 14 would stay unjudged"
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_number_that_is_typed_in_prose_is_answered_for(page):
     loose = ledger.typed(page)

@@ -1,6 +1,7 @@
 """Judge every claim once more under each reasonable other choice: ``python -m workflow.choices`` (under a minute).
 
-The table is made anew only if a table that it reads, the claims or their code have changed.
+The table is made anew only if a table that it reads, the claims or their code have changed, or if there are tables that
+were not there: a claim that waited for them may be judged.
 """
 
 from pathlib import Path
@@ -17,7 +18,11 @@ def origin(book: Book, stems: list[str]) -> dict[str, object]:
     read = [one for stem in stems for one in tables.origins(stem, book.model, book.folder)]
     saes = {int(layer): sha256 for one in read for layer, sha256 in one["sae_sha256"].items()}
     inputs = {stem: tables.fingerprint(stem, book.model, book.folder) for stem in stems}
-    settings = {"claims": {claim.id: f"{claim.number} {claim.holds}" for claim in ledger.entries()}}
+    there = {path.parent for path in Path(book.folder or tables.ROOT / tables.FOLDER).glob("*/*/*.parquet")}
+    settings = {
+        "claims": {claim.id: f"{claim.number} {claim.holds}" for claim in ledger.entries()},
+        "tables": sorted(f"{path.parent.name}/{path.name}" for path in there if path.parent.name != ledger.CHOICES),
+    }
     return tables.provenance(settings, read[0]["model_sha256"] if read else "", saes, inputs)
 
 
