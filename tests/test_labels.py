@@ -110,6 +110,10 @@ def test_a_label_says_what_it_has_and_no_more():
     for documents, label in (([0] * 38 + [1, 2], "fires on alma"), ([0, 0, 1, 1] * 10, "no label")):
         made = labels.made(["x", *names[1:-1], "Alma"], [""] * 40, Counter(x=99), [], documents=documents)
         assert str(made) == label, "a word of too few documents is in a label, or one of enough is not"
+    seen = [f"w{i}" for i in range(36)] + ["und"] * 4
+    made = labels.made(seen, [""] * 40, Counter(und=2, x=98), [])
+    assert str(made) == "no label", "of many words that were seen, one is in a label that is there by chance"
+    assert str(labels.made(seen, [""] * 40, Counter(x=100), [])) == "fires on und"
     empty = labels.made([], [], Counter(), ["\n"])
     assert str(empty) == "no label" and not empty
 

@@ -19,6 +19,7 @@ from book.ledger.numbers import hendel as thetas
 from book.ledger.numbers import necessity as need
 from book.ledger.numbers import places as placing
 from book.ledger.numbers import which_vector as which
+from book.ledger.numbers.in_context_vectors import most_pairs
 from nb_utils import statistics, tasks
 from nb_utils.record import sources, tables
 from nb_utils.record.tables import ROOT
@@ -390,6 +391,11 @@ def test_the_table_of_choices_is_made_anew_only_if_something_it_reads_has_change
     assert choices.is_new(Book())
     changed = book("09_templates", "rel_loss", lambda loss: loss / 2, method="prune_contrast")
     assert not choices.is_new(changed)
+
+
+def test_a_vector_counts_with_the_most_pairs_that_its_task_has():
+    frame = pd.DataFrame({"task": list("aabbb"), "method": ["icv"] * 4 + ["centred"], "pairs": [100, 5, 70, 5, None]})
+    assert most_pairs(frame).index.tolist() == [0, 2, 4], "a task of fewer pairs loses its vectors"
 
 
 def test_the_table_of_choices_is_made_anew_once_tables_are_there_that_claims_waited_for(tmp_path):
