@@ -330,7 +330,8 @@ def necessity(task, kind="executor", **changed):
                     back=back, features=features, mode=mode, on=on, seed=0, loss=loss, necessity=needed, d_ntp=0.05,
                     losses=[loss] * 3) | more
 
-    needs = {"own": 0.9, "other_task": 0.2, "same_activation": 0.5, "same_density": 0.1, "most_active": 0.4} | changed
+    needs = {"own": 0.9, "other_task": 0.2, "same_activation": 0.5, "same_density": 0.1, "most_active": 0.4,
+             "any_other_task": 0.6, "kept_by_most": 0.3, "kept_by_few": 0.7} | changed
     found = [row("few_shot", mode="none"), row("few_shot", mode="none", on="other")]
     for method, share in needs.items():
         found += [row(method, 6, 1, needed=share / 3), row(method, 8, 1, needed=share / 2)]
@@ -346,10 +347,11 @@ def test_features_are_held_against_the_strictest_control_where_all_blocks_go_at_
     found = more("10_necessity", pd.concat([necessity(name) for name in names]))
     rows = ledger.judged("10_necessity", found)
     means = {name: row.number.mean for name, row in rows.items() if row.number}
-    expected = {"executors_are_needed": 0.9, "executors_beat_controls": 0.4, "one_block_is_bypassed": 0.45,
+    expected = {"executors_are_needed": 0.9, "executors_beat_controls": 0.4, "own_beat_any_other_task": 0.3,
+                "features_of_few_are_needed": 0.7, "features_of_few_spare_others": 0.3, "one_block_is_bypassed": 0.45,
                 "executors_say_the_task": 0.25, "few_rescue": 0.5,
                 "removal_spares_other_tasks": 0.3 - 3.6, "removal_spares_text": 0.05}  # fmt: skip
-    assert means == pytest.approx(expected) and '"same_activation"' in rows["executors_beat_controls"].decides
+    assert means == pytest.approx(expected) and '"of equal activation"' in rows["executors_beat_controls"].decides
     assert "no detectors" in rows["detectors_are_needed"].decides or rows["detectors_are_needed"].number is None
     assert need.bottleneck(found, "executor") == 8
 

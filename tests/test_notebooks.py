@@ -480,7 +480,11 @@ def test_features_are_taken_away_beside_as_many_others_and_come_back_one_by_one(
     zeroed = table[table["mode"].eq("zero") & table["on"].eq("test")]
     whole = zeroed[zeroed["back"].eq(0)]
     assert {"own", "same_activation", "same_density", "most_active"} <= set(whole["method"])
-    assert whole.groupby(["kind", "blocks"])["features"].nunique().eq(1).all()
+    halves = whole[whole["method"].isin(["kept_by_most", "kept_by_few"])]
+    number = whole.drop(halves.index).groupby(["kind", "blocks"])["features"]
+    assert number.nunique().eq(1).all(), "a control is of another number than the features"
+    both = halves.groupby(["kind", "blocks"])["features"].sum()
+    assert len(both) and both.eq(number.first()[both.index]).all(), "most and few are not all"
     assert set(whole["together"]) == {1, 2} and set(table["on"]) == {"test", "other", "text"}
     back = zeroed[zeroed["layer"].eq(3) & zeroed["together"].eq(1) & zeroed["method"].eq("own")]
     for _, part in back.groupby("kind"):

@@ -64,8 +64,9 @@ def necessary(book: Book, method: str) -> pd.Series:
     The features are those that pruning and cleaning keep, of all blocks measured; the strictest control is each task's.
     """
     _sparse(method, "no features to take away")
-    names = set(rows(book.table("10_necessity"), kind="executor", mode="zero", on="test")["method"]) - {"own"}
-    controls = pd.concat([necessity.needed(book, "executor", name) for name in sorted(names)], axis=1)
+    there = set(rows(book.table("10_necessity"), kind="executor", mode="zero", on="test")["method"])
+    names = [name for name in necessity.CONTROLS if name in there]
+    controls = pd.concat([necessity.needed(book, "executor", name) for name in names], axis=1)
     return necessity.needed(book, "executor") - controls.max(axis=1)
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import pandas as pd
 
 from book.ledger.claims import Book, ClaimError, named, number, numbers
+from nb_utils.show import plots
 from nb_utils.statistics import Comparison, over_tasks, rows
 
+CONTROLS = ("other_task", "same_activation", "same_density", "most_active")  # none of them a feature of the task
+HALVES = ("kept_by_most", "kept_by_few")  # of the task's features
+
 named(
-    strictest_executors=lambda book: strictest(book, "executor"),
-    strictest_detectors=lambda book: strictest(book, "detector"),
+    strictest_executors=lambda book: plots.label(strictest(book, "executor")),
+    strictest_detectors=lambda book: plots.label(strictest(book, "detector")),
     executor_bottleneck=lambda book: bottleneck(book, "executor"),
 )
 
@@ -18,6 +22,11 @@ numbers(
     executors_beat_controls=lambda book: (
         over_tasks(needed(book, "executor") - needed(book, "executor", strictest(book, "executor")))
     ),
+    own_beat_any_other_task=lambda book: (
+        over_tasks(needed(book, "executor") - needed(book, "executor", "any_other_task"))
+    ),
+    features_of_few_are_needed=lambda book: over_tasks(needed(book, "executor", "kept_by_few")),
+    features_of_few_spare_others=lambda book: over_tasks(spared(book, "executor", "other", "kept_by_few")),
     executors_say_the_task=lambda book: over_tasks(needed_beyond_any(book, "executor")),
     detectors_are_needed=lambda book: over_tasks(needed(book, "detector")),
     detectors_beat_controls=lambda book: (
@@ -37,16 +46,13 @@ def few_rescue(book: Book) -> Comparison:
 
 @number
 def removal_spares_other_tasks(book: Book) -> Comparison:
-    own = taken(book, "executor", on="test")
-    own = own[own["together"].eq(own.groupby("task")["together"].transform("max"))].groupby("task")["loss"].mean()
-    few = rows(book.table("10_necessity"), method="few_shot", on="test").groupby("task")["loss"].mean()
-    return over_tasks(spared(book, "executor", "other") - (own - few))
+    return over_tasks(spared(book, "executor", "other") - rise(book, "executor"))
 
 
 def taken(book: Book, kind: str, method: str = "own", **equal: object) -> pd.DataFrame:
     """Return what is left of prompts when features are taken away (their codes are 0) and none is put back.
 
-    ``method``: whose they are: "own", the task's, or a control in equal number.
+    ``method``: whose they are: "own", the task's, one of its `HALVES`, or a control in equal number.
     """
     found = rows(book.table("10_necessity"), kind=kind, method=method, mode="zero", back=0, **equal)
     if found.empty:
@@ -67,6 +73,14 @@ def needed(book: Book, kind: str, method: str = "own", together: bool = True) ->
     return found.groupby("task")["necessity"].mean()
 
 
+def rise(book: Book, kind: str, method: str = "own") -> pd.Series:
+    """Return by how much the loss of every task's few-shot prompts rises (nats) when all blocks lose features."""
+    left = taken(book, kind, method, on="test")
+    left = left[left["together"].eq(left.groupby("task")["together"].transform("max"))].groupby("task")["loss"].mean()
+    few = rows(book.table("10_necessity"), method="few_shot", on="test").groupby("task")["loss"].mean()
+    return left - few.reindex(left.index)
+
+
 def needed_beyond_any(book: Book, kind: str) -> pd.Series:
     """Return the necessity after `bottleneck` alone of what the features say beyond their mean at other tasks'."""
     found = rows(book.table("10_necessity"), kind=kind, method="own", mode="mean", layer=bottleneck(book, kind))
@@ -80,8 +94,7 @@ def bottleneck(book: Book, kind: str) -> int:
 
 def strictest(book: Book, kind: str, together: bool = True) -> str:
     """Name the control that is needed most on average."""
-    controls = ("other_task", "same_activation", "same_density", "most_active")
-    return max(controls, key=lambda control: needed(book, kind, control, together).mean())
+    return max(CONTROLS, key=lambda control: needed(book, kind, control, together).mean())
 
 
 def spared(book: Book, kind: str, on: str, method: str = "own") -> pd.Series:
