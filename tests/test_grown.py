@@ -385,3 +385,16 @@ def test_other_weights_make_tables_stale(shelf, tmp_path):
     path = tmp_path / "grown/linear/plain.0" / training.WEIGHTS
     path.write_bytes(path.read_bytes() + b" ")
     assert list(stale._weights(origin)) == ["other weights of the model"]
+
+
+@pytest.mark.parametrize("name", grown.FAMILIES)
+def test_the_models_of_the_book_are_there_and_do_what_their_cards_say(name):
+    for spec in (spec for spec in grown.planned() if spec.family == name):
+        model = grown.load(spec.family, spec.variant, spec.seed)
+        assert model.spec == spec
+        if spec.seed:
+            continue  # one of each sort is measured
+        kept = pd.DataFrame(model.history).query("step == @spec.steps and method == 'in_context'")
+        now = pd.DataFrame(grown.in_context(model, grown.SHOWN))
+        both = kept.merge(now, on=["on", "shots"], suffixes=("", "_now"))
+        assert len(both) == len(now) and (both["accuracy"] - both["accuracy_now"]).abs().max() < 0.02, spec.name
