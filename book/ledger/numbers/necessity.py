@@ -27,6 +27,10 @@ numbers(
     ),
     features_of_few_are_needed=lambda book: over_tasks(needed(book, "executor", "kept_by_few")),
     features_of_few_spare_others=lambda book: over_tasks(spared(book, "executor", "other", "kept_by_few")),
+    others_are_not_needed=lambda book: over_tasks(needed(book, "executor", strictest(book, "executor"))),
+    executors_a_block=lambda book: (
+        over_tasks(taken(book, "executor", on="test", together=1).groupby("task")["features"].mean())
+    ),
     executors_say_the_task=lambda book: over_tasks(needed_beyond_any(book, "executor")),
     detectors_are_needed=lambda book: over_tasks(needed(book, "detector")),
     detectors_beat_controls=lambda book: (
@@ -60,23 +64,27 @@ def taken(book: Book, kind: str, method: str = "own", **equal: object) -> pd.Dat
     return found
 
 
+def all_blocks(book: Book, kind: str, method: str = "own") -> pd.DataFrame:
+    """Return what is left of every task's few-shot prompts when all blocks lose features at once."""
+    found = taken(book, kind, method, on="test")
+    return found[found["together"].eq(found.groupby("task")["together"].transform("max"))]
+
+
 def needed(book: Book, kind: str, method: str = "own", together: bool = True) -> pd.Series:
     """Return the necessity of every task's features, or of a control.
 
     ``together``: after all blocks at once, or else after `bottleneck` alone.
     """
-    found = taken(book, kind, method, on="test")
     if together:
-        found = found[found["together"].eq(found.groupby("task")["together"].transform("max"))]
+        found = all_blocks(book, kind, method)
     else:
-        found = rows(found, together=1, layer=bottleneck(book, kind))
+        found = rows(taken(book, kind, method, on="test"), together=1, layer=bottleneck(book, kind))
     return found.groupby("task")["necessity"].mean()
 
 
 def rise(book: Book, kind: str, method: str = "own") -> pd.Series:
     """Return by how much the loss of every task's few-shot prompts rises (nats) when all blocks lose features."""
-    left = taken(book, kind, method, on="test")
-    left = left[left["together"].eq(left.groupby("task")["together"].transform("max"))].groupby("task")["loss"].mean()
+    left = all_blocks(book, kind, method).groupby("task")["loss"].mean()
     few = rows(book.table("10_necessity"), method="few_shot", on="test").groupby("task")["loss"].mean()
     return left - few.reindex(left.index)
 
