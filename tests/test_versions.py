@@ -17,8 +17,20 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_claims_of_today_are_what_the_ledger_judges():
-    judged = {name: row for name, row in ledger.judged().items() if contents.is_there(row.claim.page)}
+@pytest.fixture(scope="module")
+def today():
+    """What the ledger judges, once."""
+    return ledger.judged()
+
+
+@pytest.fixture
+def judged(today, monkeypatch):
+    monkeypatch.setattr(ledger, "judged", lambda *_, **__: today)
+    return today
+
+
+def test_claims_of_today_are_what_the_ledger_judges(judged):
+    judged = {name: row for name, row in judged.items() if contents.is_there(row.claim.page)}
     found = versions.current()
     assert [claim["id"] for claim in found] == list(judged)
     for claim in found:
@@ -58,7 +70,7 @@ def test_counts_follow_the_versions():
     assert found["until"].tolist() == ["2026-01-01", "today"]
 
 
-def test_a_version_is_kept_once(folder, capsys):
+def test_a_version_is_kept_once(folder, capsys, judged):
     assert command.main(["1_first", "Other SAEs."]) == 0
     first = (folder / "1_first.json").read_bytes()
     assert command.main(["1_first", "Other SAEs."]) == 1 and "kept already" in capsys.readouterr().err
@@ -79,7 +91,7 @@ def test_a_file_that_is_no_version_is_named(folder):
         versions.kept()
 
 
-def test_the_claims_are_published_beside_the_pages(tmp_path, monkeypatch):
+def test_the_claims_are_published_beside_the_pages(tmp_path, monkeypatch, judged):
     monkeypatch.setattr(command, "PUBLISHED", tmp_path / "claims.json")
     monkeypatch.setattr(command, "CARDS", tmp_path / "cards")
     assert command.main([]) == 0
