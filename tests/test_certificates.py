@@ -55,7 +55,8 @@ def test_a_dense_vector_has_no_features_and_says_so(ticks):
 
 def test_features_are_necessary_above_the_strictest_control_of_each_task():
     tasks = list(BOOK.done.index[BOOK.done][:3])
-    needed = {"own": [0.9, 0.4, 0.5], "same_activation": [0.5, 0.6, 0.1], "most_active": [0.7, 0.1, 0.6]}
+    needed = {"own": [0.9, 0.4, 0.5], "same_activation": [0.5, 0.6, 0.1], "most_active": [0.7, 0.1, 0.6],
+              "any_other_task": [0.8, 0.8, 0.8], "kept_by_few": [0.8, 0.8, 0.8]}  # no controls
     made = pd.DataFrame([
         dict(task=task, kind="executor", method=method, mode="zero", back=0, on="test", together=2, necessity=share)
         for method, shares in needed.items() for task, share in zip(tasks, shares, strict=True)
